@@ -1,0 +1,1 @@
+"""The mathematics of Miras: pure functions on arrays, JAX alone."""

@@ -1,0 +1,90 @@
+"""Learning algorithms: how the inner step is taken from the inner gradient.
+
+An algorithm turns u_s = -learn_s g_s into the step that enters the dual recurrence. It is
+written twice, in the same few symbols: token by token (`step`, the definition) and for a
+block of tokens (`flow`, as coefficients of the linear recurrences).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from miras_jax.core import causal
+from miras_jax.core.types import Choice, Weights
+
+At = Literal["previous", "retained"]
+
+
+class Algorithm(Protocol):
+    """What a rule needs of a learning algorithm."""
+
+    at: At  # gradient at W ("previous") or at keep_s W ("retained")
+    needs: tuple[str, ...]  # rates without which it cannot run
+
+    def start(self, dual: Weights) -> Weights:
+        """Its state before the first token."""
+
+    def step(self, carried: jax.Array | None, update: jax.Array, momentum):
+        """(step that enters the dual, new state) of one matrix at one token."""
+
+    def flow(self, log_keep, momentum, side, when, written) -> causal.Flow:
+        """The recurrences of one matrix over a block of tokens."""
+
+
+def _check_at(at: str) -> None:
+    if at not in ("previous", "retained"):
+        raise ValueError(
+            "An algorithm takes the gradient at='previous' weights or at='retained' "
+            f"(already decayed) ones; got {at!r}."
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class GradientDescent(Choice):
+    """step_s = u_s (Miras, eq. 5).
+
+    The gradient is taken at the weights before this token's decay (Miras, Titans) or,
+    with at="retained", at the decayed ones, keep_s W_{s-1} (Gated DeltaNet, Mamba-2; see
+    footnote 2 of Miras on the difference).
+    """
+
+    at: At = "previous"
+
+    needs = ()
+
+    def __post_init__(self):
+        _check_at(self.at)
+
+    def start(self, dual):
+        return ()
+
+    def step(self, carried, update, momentum):
+        return update, None
+
+    def flow(self, log_keep, momentum, side, when, written):
+        return causal.decay_flow(log_keep, side, when)
+
+
+@dataclass(frozen=True, repr=False)
+class Momentum(Choice):
+    """step_s = m_s = momentum_s m_{s-1} + u_s (Titans, eq. 9 and 13), from m_0 = 0."""
+
+    at: At = "previous"
+
+    needs = ("momentum",)
+
+    def __post_init__(self):
+        _check_at(self.at)
+
+    def start(self, dual):
+        return tuple(jnp.zeros_like(a) for a in dual)
+
+    def step(self, carried, update, momentum):
+        m = momentum * carried + update
+        return m, m
+
+    def flow(self, log_keep, momentum, side, when, written):
+        log_momentum = causal.safe_log(momentum)
+        return causal.momentum_flow(log_keep, log_momentum, side, when, written)

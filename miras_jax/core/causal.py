@@ -1,0 +1,297 @@
+"""Linear algebra inside a block of C tokens: who still counts for whom, and by how much.
+
+A gate multiplies a matrix by keep_t at every token. Inside a block the matrix that token
+t reads is then
+
+    W_t = K_t W_0 + sum_{s <= t} D_ts step_s,    K_t = prod_{j <= t} keep_j,
+                                                 D_ts = prod_{s < j <= t} keep_j.
+
+With step_s = a_s d_s^T, reading W_t needs products of `[C, ...]` matrices only. K and D
+are one number per token, one per token and channel (kept in logarithms, so that every
+exponential is of a sum of logs <= 0 and cannot overflow), or dense per channel. All is
+written without slices, concatenations or cumulative sums of values, which Pallas' GPU
+lowering lacks: prefix sums are products with constant 0/1 matrices and selections are
+masks.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Dot = Callable[[jax.Array, jax.Array], jax.Array]
+Side = Literal["in", "out"]
+"""The axis of a matrix `[in, out]` along which a channel-wise rate varies."""
+
+
+def make_dot(operand_dtype: jnp.dtype, accumulator_dtype: jnp.dtype) -> Dot:
+    """Matrix product with operands and accumulation in the given dtypes."""
+
+    def dot(x, y):
+        x, y = x.astype(operand_dtype), y.astype(operand_dtype)
+        return jnp.matmul(x, y, preferred_element_type=accumulator_dtype)
+
+    return dot
+
+
+def safe_log(rate: jax.Array) -> jax.Array:
+    """log(rate), finite also where a rate in [0, 1] is or underflows to zero."""
+    return jnp.log(jnp.maximum(rate, jnp.finfo(rate.dtype).tiny))
+
+
+def prefix_sum(selection: np.ndarray, x: jax.Array) -> jax.Array:
+    """selection @ x for a constant 0/1 matrix, in full precision on every device."""
+    matrix = jnp.asarray(selection, x.dtype)
+    return jnp.matmul(matrix, x, precision=jax.lax.Precision.HIGHEST)
+
+
+When = Literal["after", "before", "between"]
+"""At which moment token t looks at the memory: after its own write (its step counts),
+before it and before its decay (neither counts), or between its decay and its write."""
+
+
+class Carried(NamedTuple):
+    """How a matrix that enters the block reaches token t: multiplied by `kept`."""
+
+    kept: jax.Array  # [C, 1] or [C, channels]
+    total: jax.Array  # the same at the end of the block: [1, 1] or [1, channels]
+    side: Side = "out"
+
+    def read(self, dot: Dot, x: jax.Array, start: jax.Array) -> jax.Array:
+        """x_t^T K_t W for every t: `[C, in]` -> `[C, out]`."""
+        if self.side == "in":
+            return dot(x * self.kept, start)
+        return dot(x, start) * self.kept
+
+    def end(self, start: jax.Array) -> jax.Array:
+        """K_C W."""
+        return self.factor * start
+
+    @property
+    def factor(self) -> jax.Array:
+        """K_C, broadcastable to the matrix."""
+        return self.total.T if self.side == "in" else self.total
+
+
+class Steps(Protocol):
+    """How the block's own steps a_s d_s^T reach token t."""
+
+    def scores(self, dot: Dot, x: jax.Array, a: jax.Array) -> jax.Array:
+        """x_t^T D_ts a_s, zero for s that t does not see: `[C, C]`."""
+
+    def read(self, dot: Dot, x: jax.Array, a: jax.Array, d: jax.Array) -> jax.Array:
+        """x_t^T sum_s D_ts a_s d_s^T for every t: `[C, out]`."""
+
+    def end(self, dot: Dot, a: jax.Array, d: jax.Array) -> jax.Array:
+        """sum_s D_Cs a_s d_s^T: `[in, out]`."""
+
+
+class TokenSteps(NamedTuple):
+    """D with one number per pair of tokens."""
+
+    mix: jax.Array  # D_ts [C, C]
+    to_end: jax.Array  # D_Cs [C, 1]
+
+    def scores(self, dot, x, a):
+        return dot(x, a.T) * self.mix
+
+    def read(self, dot, x, a, d):
+        return dot(self.scores(dot, x, a), d)
+
+    def end(self, dot, a, d):
+        return dot((self.to_end * a).T, d)
+
+
+class ChannelSteps(NamedTuple):
+    """D with one keep per token and channel, by halving the block.
+
+    For a pair t, s in the two halves of a piece whose second half begins at m,
+    D_ts = (prod_{m <= j <= t} keep_j) (prod_{s < j < m} keep_j): both factors are at
+    most 1 and can be multiplied into x_t and a_s. So each of the log2(C) sizes of pieces
+    costs one matrix product, and the pairs of all sizes together are the whole triangle.
+    Exact for any keep in (0, 1], with no exponential of a positive sum.
+    """
+
+    log_keep: jax.Array  # [C, channels]
+    side: Side
+    when: When
+
+    def _levels(self):
+        """(mask of pairs [C, C], factor of each token [C, channels]) per piece size."""
+        size = self.log_keep.shape[0]
+        rows = np.arange(size)[:, None]
+        columns = rows.T
+        own = 0 if self.when == "before" else 1  # whether token t's own keep counts
+        half = 1
+        while half < size:
+            second = (rows // half) % 2 == 1
+            middle = (rows // half + 1 - second) * half
+            as_reader = (columns >= middle) & (columns < rows + own)
+            as_writer = (columns > rows) & (columns < middle)
+            factor = jnp.exp(
+                prefix_sum(np.where(second, as_reader, as_writer), self.log_keep)
+            )
+            pairs = (rows // (2 * half) == columns // (2 * half)) & second & ~second.T
+            yield jnp.asarray(pairs, self.log_keep.dtype), factor
+            half *= 2
+
+    def _own(self, x, a):
+        """x_t^T a_t where token t sees its own step: `[C, 1]`."""
+        seen = 1 if self.when == "after" else 0
+        return seen * jnp.sum(x * a, axis=1, keepdims=True)
+
+    def scores(self, dot, x, a):
+        total = jnp.asarray(np.eye(x.shape[0]), x.dtype) * self._own(x, a)
+        for pairs, factor in self._levels():
+            total = total + pairs * dot(x * factor, (a * factor).T)
+        return total
+
+    def read(self, dot, x, a, d):
+        if self.side == "in":
+            return dot(self.scores(dot, x, a), d)
+        products = dot(x, a.T)
+        total = self._own(x, a) * d
+        for pairs, factor in self._levels():
+            total = total + factor * dot(pairs * products, factor * d)
+        return total
+
+    def end(self, dot, a, d):
+        later = np.tri(self.log_keep.shape[0], k=-1).T
+        to_end = jnp.exp(prefix_sum(later, self.log_keep))
+        if self.side == "in":
+            return dot((to_end * a).T, d)
+        return dot(a.T, to_end * d)
+
+
+class DenseSteps(NamedTuple):
+    """D with one number per pair of tokens and channel: channel-wise with momentum."""
+
+    mix: jax.Array  # D_ts [C, C, channels]
+    to_end: jax.Array  # [C, channels]
+    side: Side
+
+    def scores(self, dot, x, a):
+        return jnp.einsum("ti,si,tsi->ts", x, a, self.mix)
+
+    def read(self, dot, x, a, d):
+        if self.side == "in":
+            return dot(self.scores(dot, x, a), d)
+        return jnp.einsum("ts,so,tso->to", dot(x, a.T), d, self.mix)
+
+    def end(self, dot, a, d):
+        if self.side == "in":
+            return dot((self.to_end * a).T, d)
+        return dot(a.T, self.to_end * d)
+
+
+class Flow(NamedTuple):
+    """How a matrix evolves over a block: what enters, and what each token adds."""
+
+    start: Carried
+    steps: Steps
+    momentum_in_dual: Carried | None = None  # m_0 as part of A_t
+    momentum: tuple[Carried, TokenSteps] | None = None  # m_C from m_0 and the steps
+
+
+def decay_flow(log_keep: jax.Array, side: Side, when: When = "after") -> Flow:
+    """A_s = keep_s A_{s-1} + step_s with keep given as logarithms `[C, 1 or channels]`."""
+    size = log_keep.shape[0]
+    seen = prefix_sum(np.tri(size, k=-1 if when == "before" else 0), log_keep)
+    total = jnp.exp(jnp.sum(log_keep, axis=0, keepdims=True))
+    start = Carried(jnp.exp(seen), total, side)
+    if log_keep.shape[1] > 1:
+        return Flow(start, ChannelSteps(log_keep, side, when))
+    causal = np.tri(size, k=0 if when == "after" else -1)
+    later = np.tri(size, k=-1).T
+    sums = prefix_sum(np.tri(size), log_keep)
+    mix = _decay(seen - sums.T, causal)
+    return Flow(start, TokenSteps(mix, jnp.exp(prefix_sum(later, log_keep))))
+
+
+def _decay(log_decay: jax.Array, causal: np.ndarray) -> jax.Array:
+    """exp(log_decay) where causal, else 0; no exponential of what is masked."""
+    mask = jnp.asarray(causal, bool)
+    return jnp.where(mask, jnp.exp(jnp.where(mask, log_decay, 0)), 0)
+
+
+def momentum_flow(
+    log_keep: jax.Array,
+    log_momentum: jax.Array,
+    side: Side,
+    when: When = "after",
+    written: jax.Array | None = None,
+) -> Flow:
+    """m_s = momentum_s m_{s-1} + u_s, then A_s = keep_s A_{s-1} + written_s m_s.
+
+    The composition of two decays. `log_momentum` is `[C, 1]`; `written` `[C, 1]` is 0
+    for tokens that must leave no trace (padding).
+    """
+    decay = decay_flow(log_keep, side, when)
+    steps = decay.steps
+    own = decay_flow(log_momentum, "out")
+    through = own.start.kept
+    if isinstance(steps, TokenSteps):
+        if written is not None:
+            steps = TokenSteps(steps.mix * written.T, steps.to_end * written)
+        composed = TokenSteps(steps.mix @ own.steps.mix, own.steps.mix.T @ steps.to_end)
+        carried = steps.mix @ through
+    else:
+        size = log_keep.shape[0]
+        seen = prefix_sum(np.tri(size, k=-1 if when == "before" else 0), log_keep)
+        sums = prefix_sum(np.tri(size), log_keep)
+        causal = np.tri(size, k=0 if when == "after" else -1)[:, :, None]
+        mix = _decay(seen[:, None] - sums[None], causal)
+        to_end = jnp.exp(prefix_sum(np.tri(size, k=-1).T, log_keep))
+        if written is not None:
+            mix, to_end = mix * written[None], to_end * written
+        composed = DenseSteps(
+            jnp.einsum("trc,rs->tsc", mix, own.steps.mix),
+            own.steps.mix.T @ to_end,
+            side,
+        )
+        carried = jnp.einsum("trc,r->tc", mix, through[:, 0])
+        steps = TokenSteps(mix, to_end)
+    at_end = jnp.sum(steps.to_end * through, axis=0, keepdims=True)
+    return Flow(
+        decay.start,
+        composed,
+        momentum_in_dual=Carried(carried, at_end, side),
+        momentum=(own.start, own.steps),
+    )
+
+
+def unit_lower_inverse(lower: jax.Array, dot: Dot) -> jax.Array:
+    """(I + N)^{-1} of a strictly lower triangular N `[C, C]`, by log2(C) block merges.
+
+    If X inverts the diagonal blocks of size b, the blocks of size 2b are inverted by
+    X - X N' X, with N' the part of N between the two halves of each: forward
+    substitution by blocks, as stable as it, in matrix products only.
+    """
+    size = lower.shape[0]
+    rows = np.arange(size)[:, None]
+    columns = rows.T
+    inverse = jnp.asarray(np.eye(size), lower.dtype)
+    half = 1
+    while half < size:
+        same = rows // (2 * half) == columns // (2 * half)
+        between = same & (rows // half != columns // half)
+        part = jnp.where(jnp.asarray(between), lower, 0)
+        inverse = inverse - dot(dot(inverse, part), inverse)
+        half *= 2
+    return inverse
+
+
+def affine_scan(keep: jax.Array, step: jax.Array, start: jax.Array) -> jax.Array:
+    """All A_s = keep_s A_{s-1} + step_s at once, by `lax.associative_scan`.
+
+    keep and step `[n, ...]` broadcast against each other; start `[...]`; `[n, ...]`.
+    """
+    keep = jnp.broadcast_to(keep, step.shape)
+
+    def combine(earlier, later):
+        return earlier[0] * later[0], later[0] * earlier[1] + later[1]
+
+    kept, steps = jax.lax.associative_scan(combine, (keep, step))
+    return kept * start[None] + steps

@@ -1,0 +1,156 @@
+"""run and step: one sequence through one rule, in whichever way is asked for."""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from miras_jax.core.rule import Rule
+from miras_jax.core.types import Params, Rates, State, Tokens
+
+Implementation = Literal["definition", "xla"]
+
+LINEAR_TILE = 32
+"""Tokens per block of the exact linear rules; changes the speed, never the result."""
+
+
+def step(
+    rule: Rule, params: Params, state: State, token: Tokens
+) -> tuple[jax.Array, State]:
+    """Read one token (decoding): the same function of the past as `run`.
+
+    `token` is a `Tokens` without the L axis. Returns `(output [V], state)`.
+    """
+    output, state = rule.step(params, state, token)
+    return output.astype(token.queries.dtype), state
+
+
+def run(
+    rule: Rule,
+    params: Params,
+    state: State,
+    tokens: Tokens,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, State]:
+    """Read L tokens from `state` on: `(outputs [L, V], state)`.
+
+    implementation: "definition" goes token by token, literally as in `Rule.step`; "xla"
+    goes chunk by chunk in matrix products; None takes the best available. They compute
+    the same function, of any length and from any position inside a chunk, so that a
+    sequence may be cut into calls anywhere. Rematerialises one block at a time in the
+    backward pass: memory grows by one state per block.
+    """
+    rule.check(tokens)
+    match implementation:
+        case "definition":
+            outputs, state = _run_definition(rule, params, state, tokens)
+        case None | "xla":
+            outputs, state = _run_blocks(rule, params, state, tokens)
+        case _:
+            raise ValueError(
+                f"implementation={implementation!r} is unknown: use None (the best "
+                "available), 'definition' or 'xla'."
+            )
+    return outputs.astype(tokens.queries.dtype), state
+
+
+def _run_definition(rule, params, state, tokens):
+    def body(state, token):
+        output, state = rule.step(params, state, token)
+        return state, output
+
+    state = state._replace(position=jnp.asarray(state.position, jnp.int32))
+    state, outputs = jax.lax.scan(body, state, tokens)
+    return outputs, state
+
+
+def _run_blocks(rule, params, state, tokens):
+    length = len(tokens.keys)
+    size = rule.parallel_tokens(tokens.rates, LINEAR_TILE)
+    if rule.has_anchor and not isinstance(state.position, int):
+        return _run_from_traced_position(rule, params, state, tokens)
+
+    # Blocks end where chunks end: first what is left of an open chunk, then whole
+    # chunks, then the part of a chunk that stays open.
+    head = min(length, size - state.position) if state.position else 0
+    whole = (length - head) // size
+    middle = head + whole * size
+    outputs = []
+    if head:
+        block = _take(tokens, 0, head)
+        output, state = rule.block(params, state, block, aligned=False)
+        state = rule.close(state, state.position == rule.chunk_size)
+        outputs.append(output)
+    if whole:
+        blocks = jax.tree.map(
+            lambda x: x.reshape(whole, size, *x.shape[1:]), _take(tokens, head, middle)
+        )
+        output, state = _scan_blocks(rule, params, state, blocks)
+        outputs.append(output)
+    if middle < length:
+        block = _take(tokens, middle, length)
+        output, state = rule.block(params, state, block, aligned=True)
+        outputs.append(output)
+    return jnp.concatenate(outputs), state
+
+
+def _scan_blocks(rule, params, state, blocks):
+    """Whole chunks, from a chunk's start: the carry is only dual and momentum."""
+
+    def body(carry, tokens):
+        dual, momentum = carry
+        state = rule.open_chunk(dual, momentum)
+        outputs, state = rule.block(params, state, tokens, aligned=True)
+        return (state.dual, state.momentum), outputs
+
+    carry = (state.dual, state.momentum)
+    carry, outputs = jax.lax.scan(jax.checkpoint(body), carry, blocks)
+    return outputs.reshape(-1, outputs.shape[-1]), rule.open_chunk(*carry)
+
+
+def _run_from_traced_position(rule, params, state, tokens):
+    """As above where the position inside the chunk is known only at run time.
+
+    The tokens are shifted right by the position, so that blocks are chunks again, and
+    padded with tokens that leave no trace; every block carries whether it ends a chunk.
+    """
+    length, size = len(tokens.keys), rule.chunk_size
+    blocks = -(-(length + size - 1) // size)
+    padding = blocks * size - length
+    position = state.position
+
+    def shifted(x, fill):
+        widths = ((0, padding),) + ((0, 0),) * (x.ndim - 1)
+        return jnp.roll(jnp.pad(x, widths, constant_values=fill), position, axis=0)
+
+    learn, keep, momentum, threshold = tokens.rates
+    learn = jnp.ones(length, tokens.keys.dtype) if learn is None else learn
+    rates = Rates(
+        learn=shifted(learn, 0),
+        keep=None if keep is None else shifted(keep, 1),
+        momentum=None if momentum is None else shifted(momentum, 1),
+        threshold=None if threshold is None else shifted(threshold, 1),
+    )
+    moved = Tokens(*(shifted(x, 0) for x in tokens[:3]), rates)
+    written = shifted(jnp.ones((length, 1), state.dual[0].dtype), 0)
+    ends = (jnp.arange(blocks) + 1) * size <= position + length
+
+    def body(state, xs):
+        tokens, written, ends = xs
+        outputs, state = rule.block(params, state, tokens, False, written)
+        return rule.close(state, ends)._replace(position=0), outputs
+
+    xs = jax.tree.map(lambda x: x.reshape(blocks, size, *x.shape[1:]), (moved, written))
+    state, outputs = jax.lax.scan(
+        jax.checkpoint(body), state._replace(position=0), (*xs, ends)
+    )
+    outputs = jnp.roll(outputs.reshape(blocks * size, -1), -position, axis=0)[:length]
+    return outputs, state._replace(position=(position + length) % size)
+
+
+def _take(tokens: Tokens, start: int, stop: int) -> Tokens:
+    return jax.tree.map(
+        partial(jax.lax.slice_in_dim, start_index=start, limit_index=stop), tokens
+    )

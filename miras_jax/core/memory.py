@@ -1,0 +1,138 @@
+"""Memory architectures: what is learned while reading.
+
+A memory is a function of its matrix products, `read(product, params, x)`, where
+`product(i, x)` stands for `x @ W[i]`. The engine passes a plain product to read, one with
+an added zero to obtain the per-token factors of the gradient, and one that also sums the
+chunk's own writes to read every token at its own weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from miras_jax.core.types import Choice, Params
+
+Product = Callable[[int, jax.Array], jax.Array]
+
+
+class Memory(Protocol):
+    """What a rule needs of a memory; any frozen dataclass with these will do."""
+
+    def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
+        """`[in, out]` of every matrix, first applied first; ValueError if impossible."""
+
+    def init(self, key: jax.Array, key_dim: int, value_dim: int) -> Params: ...
+
+    def read(self, product: Product, params: Params, x: jax.Array) -> jax.Array:
+        """M(x): `[..., K] -> [..., V]`."""
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether M(x) = x W with a single matrix and nothing else."""
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The tanh form of GELU (Hendrycks and Gimpel, 2016)."""
+    return 0.5 * x * (1 + jnp.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+def layer_norm(x: jax.Array, params: Params) -> jax.Array:
+    """LayerNorm over the last axis, eps 1e-6, scale and bias learned by the outer loop."""
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    scale, bias = (jnp.expand_dims(p, range(x.ndim - 1)) for p in params[1:])
+    return centred * jax.lax.rsqrt(variance + 1e-6) * scale + bias
+
+
+def _with_norm(weights: tuple[jax.Array, ...], value_dim: int) -> Params:
+    # Scale 1 and bias 0: the plain normalisation.
+    return Params(weights, jnp.ones(value_dim), jnp.zeros(value_dim))
+
+
+def _same_width(name: str, key_dim: int, value_dim: int) -> None:
+    if key_dim != value_dim:
+        raise ValueError(
+            f"{name} adds its input to its output, so it needs key_dim == value_dim; "
+            f"got {key_dim} and {value_dim}. Use equal dimensions or memory.Linear()."
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Linear(Choice):
+    """A matrix: M(x) = x W, or M(x) = x + LN(x W) with `residual` and `norm`.
+
+    Both switches on is TTT-Linear's memory (arXiv 2407.04620, section 2.7). W_0 is zero
+    for the plain matrix, as in linear attention and the delta rule, and normal with
+    standard deviation 0.02 under a norm (TTT), which has no gradient at zero.
+    """
+
+    residual: bool = False
+    norm: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        return not (self.residual or self.norm)
+
+    def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
+        if self.residual:
+            _same_width("memory.Linear(residual=True)", key_dim, value_dim)
+        return ((key_dim, value_dim),)
+
+    def init(self, key: jax.Array, key_dim: int, value_dim: int) -> Params:
+        (shape,) = self.shapes(key_dim, value_dim)
+        if not self.norm:
+            return Params((jnp.zeros(shape),))
+        return _with_norm((0.02 * jax.random.normal(key, shape),), value_dim)
+
+    def read(self, product: Product, params: Params, x: jax.Array) -> jax.Array:
+        y = product(0, x)
+        y = layer_norm(y, params) if self.norm else y
+        return x + y if self.residual else y
+
+
+@dataclass(frozen=True, repr=False)
+class MLP(Choice):
+    """M(x) = x + LN(W_n ... f(x W_1)) (Miras, section 5.3), f = GELU, width expansion x K.
+
+    W_1 starts with unit variance and the others with variance 1 / inputs: keys and
+    queries have norm one, so this gives every pre-activation unit variance. A fan-in
+    scaled W_1 would leave f in its linear part at the origin.
+    """
+
+    depth: int = 2
+    expansion: int = 4
+    activation: Callable[[jax.Array], jax.Array] = gelu
+
+    is_linear = False
+
+    def __post_init__(self):
+        if self.depth < 1 or self.expansion < 1:
+            raise ValueError(
+                "memory.MLP needs depth >= 1 and expansion >= 1; "
+                f"got depth={self.depth}, expansion={self.expansion}."
+            )
+
+    def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
+        _same_width("memory.MLP", key_dim, value_dim)
+        hidden = [self.expansion * key_dim] * (self.depth - 1)
+        return tuple(pairwise([key_dim, *hidden, value_dim]))
+
+    def init(self, key: jax.Array, key_dim: int, value_dim: int) -> Params:
+        shapes = self.shapes(key_dim, value_dim)
+        keys = jax.random.split(key, len(shapes))
+        fan_ins = [1, *(fan_in for fan_in, _ in shapes[1:])]
+        weights = tuple(
+            jax.random.normal(k, shape) / fan_in**0.5
+            for k, shape, fan_in in zip(keys, shapes, fan_ins, strict=True)
+        )
+        return _with_norm(weights, value_dim)
+
+    def read(self, product: Product, params: Params, x: jax.Array) -> jax.Array:
+        y = product(0, x)
+        for i in range(1, self.depth):
+            y = product(i, self.activation(y))
+        return x + layer_norm(y, params)

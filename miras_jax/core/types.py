@@ -1,0 +1,89 @@
+"""The axis key, and the data that flows through a rule.
+
+One letter per axis, in names (`keys_LK`) and in docstrings:
+
+    B batch   H heads   L length   C chunk   K key   V value   D model   F hidden
+
+Everything in `miras_jax.core` is written for one head of one sequence; `jax.vmap` adds
+heads and batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Weights = tuple[jax.Array, ...]
+"""Matrices `[in, out]` of a memory, in the order in which they are applied."""
+
+
+class Rates(NamedTuple):
+    """What the outer network decides for every token. None: the rule's own default (1).
+
+    Each is `[L]` (one number per token) or `[L, channels]` (channel-wise). A channel-wise
+    rate acts on the memory's own inputs and outputs: on the key axis (rows) of its first
+    matrix and on the value axis (columns) of its last; matrices in between take the mean
+    over the channels. When first and last are the same matrix, `learn` acts on the value
+    axis and `keep` where the retention gate says. `momentum` is always one per token.
+    """
+
+    learn: jax.Array | None = None  # eta_t >= 0, step size
+    keep: jax.Array | None = None  # alpha_t in (0, 1], fraction kept
+    momentum: jax.Array | None = None  # in [0, 1], fraction of the last step kept
+    threshold: jax.Array | None = None  # delta_t > 0, of Huber; per token or [L, V]
+
+
+class Tokens(NamedTuple):
+    """What a memory reads: L tokens, or a single one when the L axis is left out."""
+
+    queries: jax.Array  # [L, K]
+    keys: jax.Array  # [L, K]
+    values: jax.Array  # [L, V]
+    rates: Rates = Rates()
+
+
+class Params(NamedTuple):
+    """What the outer loop learns of a memory: how it starts, and its LayerNorm."""
+
+    weights: Weights  # initial weights W_0 (logits for KL retention)
+    norm_scale: jax.Array | None = None  # [V]
+    norm_bias: jax.Array | None = None  # [V]
+
+
+class State(NamedTuple):
+    """Only what the next token needs. Empty tuples where a rule needs nothing.
+
+    dual      A_s, the state on which the retention gate is a linear recurrence
+    anchor    A_c, the dual at the start of the current chunk (chunk_size > 1)
+    kept      product of keep since then, per matrix, broadcastable to it (only where
+              weights and dual differ)
+    momentum  m_s, the running inner step
+    position  tokens of the current chunk already read; a Python int where it is known
+              while tracing, which lets `run` split the sequence without padding
+    """
+
+    dual: Weights
+    anchor: Weights = ()
+    kept: Weights = ()
+    momentum: Weights = ()
+    position: int | jax.Array = 0
+
+
+def state_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """Dtype of states and accumulators: float32, or float64 if an operand is."""
+    return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
+
+
+class Choice:
+    """Base of the frozen dataclasses that describe a rule: prints functions by name."""
+
+    def __repr__(self) -> str:
+        parts = (f"{f.name}={_describe(getattr(self, f.name))}" for f in fields(self))
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _describe(value: Any) -> str:
+    is_function = isinstance(value, Callable) and not isinstance(value, Choice)
+    return getattr(value, "__qualname__", repr(value)) if is_function else repr(value)
