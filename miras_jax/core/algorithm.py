@@ -21,7 +21,7 @@ class Algorithm(Protocol):
     """What a rule needs of a learning algorithm."""
 
     at: At  # gradient at W ("previous") or at keep_s W ("retained")
-    needs: tuple[str, ...]  # rates without which it cannot run
+    rates: tuple[str, ...]  # the rates without which it cannot run
 
     def start(self, dual: Weights) -> Weights:
         """Its state before the first token."""
@@ -52,7 +52,7 @@ class GradientDescent(Choice):
 
     at: At = "previous"
 
-    needs = ()
+    rates = ()
 
     def __post_init__(self):
         _check_at(self.at)
@@ -73,7 +73,7 @@ class Momentum(Choice):
 
     at: At = "previous"
 
-    needs = ("momentum",)
+    rates = ("momentum",)
 
     def __post_init__(self):
         _check_at(self.at)

@@ -18,6 +18,8 @@ from miras_jax.core.types import Choice
 class Bias(Protocol):
     """What a rule needs of an attentional bias. Arrays are `[..., V]`."""
 
+    rates: tuple[str, ...]  # the rates that it uses: threshold, or none
+
     def loss(self, prediction, value, threshold=None) -> jax.Array:
         """The inner loss, summed over V: `[...]`."""
 
@@ -41,6 +43,8 @@ def norm(r: jax.Array) -> jax.Array:
 class DotProduct(Choice):
     """-<M(k), v>: Hebbian, the bias of linear attention (Miras, eq. 8)."""
 
+    rates = ()
+
     def loss(self, prediction, value, threshold=None):
         return -jnp.sum(prediction * value, axis=-1)
 
@@ -51,6 +55,8 @@ class DotProduct(Choice):
 @dataclass(frozen=True, repr=False)
 class L2(Choice):
     """|r|_2^2 / 2: the delta rule, TTT, Titans (Miras, eq. 9 and section 4)."""
+
+    rates = ()
 
     def loss(self, prediction, value, threshold=None):
         return 0.5 * jnp.sum(jnp.square(prediction - value), axis=-1)
@@ -69,6 +75,8 @@ class Lp(Choice):
 
     p: float = 3.0
     smooth: bool = True
+
+    rates = ()
 
     def __post_init__(self):
         if self.p < 1:
@@ -104,6 +112,8 @@ class Huber(Choice):
 
     form: Literal["coordinate", "norm", "switch"] = "switch"
     threshold: float = 1.0
+
+    rates = ("threshold",)
 
     def __post_init__(self):
         if self.form not in ("coordinate", "norm", "switch"):
@@ -141,6 +151,8 @@ class Function(Choice):
     """Any differentiable inner loss `function(prediction_V, value_V) -> scalar`."""
 
     function: Callable[[jax.Array, jax.Array], jax.Array]
+
+    rates = ()
 
     def loss(self, prediction, value, threshold=None):
         return jnp.vectorize(self.function, signature="(v),(v)->()")(prediction, value)

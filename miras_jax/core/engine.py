@@ -69,12 +69,13 @@ def _run_definition(rule, params, state, tokens):
 def _run_blocks(rule, params, state, tokens):
     length = len(tokens.keys)
     size = rule.parallel_tokens(tokens.rates, LINEAR_TILE)
-    if rule.has_anchor and not isinstance(state.position, int):
+    position = state.position if rule.has_anchor else 0
+    if not isinstance(position, int):
         return _run_from_traced_position(rule, params, state, tokens)
 
     # Blocks end where chunks end: first what is left of an open chunk, then whole
     # chunks, then the part of a chunk that stays open.
-    head = min(length, size - state.position) if state.position else 0
+    head = min(length, size - position) if position else 0
     whole = (length - head) // size
     middle = head + whole * size
     outputs = []

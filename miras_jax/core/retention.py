@@ -18,7 +18,7 @@ class Retention(Protocol):
     """What a rule needs of a retention gate."""
 
     is_identity: bool  # whether weights(A) = A
-    forgets: bool  # whether rates.keep is used
+    rates: tuple[str, ...]  # the rates that it uses: keep, unless it never forgets
     channelwise: bool  # whether rates.keep may differ between channels
     axis: str  # "key" or "value": where a channel-wise keep acts on a single matrix
 
@@ -35,7 +35,7 @@ class _Identity(Choice):
     """Weights and dual are the same."""
 
     is_identity = True
-    forgets = True
+    rates = ("keep",)
     channelwise = True
     axis = "key"
 
@@ -53,7 +53,7 @@ class _Identity(Choice):
 class Keep(_Identity):
     """No forgetting: W_s = W_{s-1} + step_s; `rates.keep` is not used."""
 
-    forgets = False
+    rates = ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,7 +99,7 @@ class Lq(Choice):
     form: Literal["paper", "mirror"] = "paper"
 
     is_identity = False
-    forgets = True
+    rates = ("keep",)
     channelwise = True
     axis = "key"
 
@@ -160,7 +160,7 @@ class KL(Choice):
     axis: int = 0
 
     is_identity = False
-    forgets = True
+    rates = ("keep",)
     channelwise = False
 
     def __post_init__(self):

@@ -71,6 +71,12 @@ class Rule(Choice):
             )
 
     @property
+    def rates(self) -> tuple[str, ...]:
+        """Names of the rates that this rule uses."""
+        used = (self.bias.rates, self.retention.rates, self.algorithm.rates)
+        return ("learn", *(name for names in used for name in names))
+
+    @property
     def reads_exactly(self) -> bool:
         """Whether tokens are read through the retention map of their own dual."""
         # With one token per chunk the linear readout would still apply the map's scale
@@ -121,7 +127,7 @@ class Rule(Choice):
     def check(self, tokens: Tokens) -> None:
         """ValueError, naming the fix, if these tokens cannot be read by this rule."""
         rates, ndim = tokens.rates, tokens.keys.ndim
-        for name in self.algorithm.needs:
+        for name in self.algorithm.rates:
             if getattr(rates, name) is None:
                 raise ValueError(
                     f"{self.algorithm} needs rates.{name}, one number per token; "
@@ -157,7 +163,7 @@ class Rule(Choice):
         anchor_dual = state.anchor if self.has_anchor else state.dual
         anchor = tuple(self.retention.weights(a) for a in anchor_dual)
         keep = self._spread(
-            rates.keep, self._sides(len(anchor)), self.retention.forgets
+            rates.keep, self._sides(len(anchor)), bool(self.retention.rates)
         )
         learn = self._spread(rates.learn, self._learn_sides(len(anchor)), True)
         if self.algorithm.at == "retained":
@@ -310,7 +316,7 @@ class Rule(Choice):
         return [(side, rate if side else mean) for side in sides]
 
     def _flows(self, rates, matrices, keys, written, when):
-        keep = rates.keep if self.retention.forgets else None
+        keep = rates.keep if self.retention.rates else None
         flows = {}
         for side, rate in self._blockwise(keep, self._sides(matrices), keys):
             if side not in flows:  # one per token: shared by the matrices
@@ -405,7 +411,7 @@ class Rule(Choice):
         matrices = len(state.dual)
         ones = jnp.ones((size, 1), queries.dtype)
         keep = self._blockwise(
-            rates.keep if self.retention.forgets else None,
+            rates.keep if self.retention.rates else None,
             self._sides(matrices),
             queries,
         )

@@ -1,0 +1,131 @@
+"""Small layers that every mixer shares, with logical axis names on every parameter.
+
+Each `nnx.Param` carries `axes`, one logical name (or None) per axis of its value:
+"vocab", "embed" (model width), "heads" (heads x head dim), "hidden" (of the MLP). Which
+mesh axis a name is split over is decided in `miras_jax.training.sharding` alone.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Axes = tuple[str | None, ...]
+
+
+def param(value: jax.Array, axes: Axes) -> nnx.Param:
+    return nnx.Param(value, axes=axes)
+
+
+class Projection(nnx.Module):
+    """y = x W (+ b), without bias unless given an initial one.
+
+    W is normal with variance 1 / fan-in: unit-variance inputs give unit-variance outputs.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        axes: tuple[str | None, str | None],
+        *,
+        rngs: nnx.Rngs,
+        scale: float = 1.0,
+        bias: jax.Array | None = None,
+    ):
+        weight = jax.random.normal(rngs.params(), (inputs, outputs))
+        self.weight = param(scale * weight / inputs**0.5, axes)
+        self.bias = nnx.data(None if bias is None else param(bias, axes[1:]))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.weight[...].astype(x.dtype)
+        if self.bias is None:
+            return y
+        return y + jnp.expand_dims(self.bias[...].astype(x.dtype), range(x.ndim - 1))
+
+
+def rms_norm(x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """x / sqrt(mean x^2 + 1e-6) over the last axis, in float32, in the dtype of x."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
+    if scale is not None:
+        y = y * jnp.expand_dims(scale, range(x.ndim - scale.ndim))
+    return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm with a learned scale that starts at one."""
+
+    def __init__(self, width: int):
+        self.scale = param(jnp.ones(width), ("embed",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale[...])
+
+
+def l2_normalise(x: jax.Array) -> jax.Array:
+    """x / |x|_2 over the last axis, in float32; zero stays zero."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.sum(y * y, -1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+class CausalConvolution(nnx.Module):
+    """Depthwise causal convolution over time, kernel 4, followed by SiLU.
+
+    Starts near the identity (weight 1 on the present, small noise on the past), so that
+    an untrained layer sees its own token. The cache is the last kernel - 1 inputs.
+    """
+
+    kernel = 4
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        past = 0.1 * jax.random.normal(rngs.params(), (self.kernel, width))
+        self.weight = param(past.at[-1].add(1.0), (None, "heads"))
+
+    def start(self, batch: int, dtype: jnp.dtype) -> jax.Array:
+        return jnp.zeros((batch, self.kernel - 1, self.weight.shape[1]), dtype)
+
+    def __call__(self, x: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`[B, L, channels]` -> the same, and the new cache."""
+        padded = jnp.concatenate([cache.astype(x.dtype), x], axis=1)
+        weight = self.weight[...].astype(x.dtype)
+        length = x.shape[1]
+        y = sum(
+            padded[:, i : i + length] * weight[None, None, i]
+            for i in range(self.kernel)
+        )
+        return jax.nn.silu(y), padded[:, length:]
+
+
+class SwiGLU(nnx.Module):
+    """W_3 (silu(x W_1) * (x W_2)), the MLP of Llama; hidden is about 8/3 of the width."""
+
+    def __init__(self, width: int, hidden: int, *, scale: float, rngs: nnx.Rngs):
+        self.gate = Projection(width, hidden, ("embed", "hidden"), rngs=rngs)
+        self.up = Projection(width, hidden, ("embed", "hidden"), rngs=rngs)
+        self.down = Projection(
+            hidden, width, ("hidden", "embed"), scale=scale, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def rotate(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864) of `[B, L, H, D]` at `[B, L]`.
+
+    Halves of the head dimension are paired; the angle of pair i is position / base^(2i/D).
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = (
+        positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
+    )
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """`[B, L, H * D]` -> `[B, L, H, D]`."""
+    return x.reshape(*x.shape[:2], heads, -1)

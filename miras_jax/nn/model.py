@@ -1,0 +1,145 @@
+"""The language model: embedding, blocks of mixer and MLP, norm, output."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from miras_jax.core import variants
+from miras_jax.core.types import Choice
+from miras_jax.nn.attention import Attention
+from miras_jax.nn.layers import Projection, RMSNorm, SwiGLU, param
+from miras_jax.nn.miras import Miras
+
+Mixer = Miras | Attention
+
+
+@dataclass(frozen=True, repr=False)
+class Model(Choice):
+    """A language model of `depth` blocks whose mixers repeat `mixers` in turn.
+
+    `(Miras(variants.yaad()),)` is Yaad, `(Miras(...), Attention(window=128))` the hybrid
+    of Samba's kind (Miras-H), `(Attention(),)` is Transformer++.
+
+    hidden: of the SwiGLU MLP; None takes 8/3 of the width, rounded up to 64.
+    embedding: "tied" uses one matrix for input and output.
+    compute_dtype: of activations and matrix operands; parameters and memory states are
+    float32 always.
+    remat: "block" stores only the input of each block for the backward pass.
+    """
+
+    width: int = 256
+    depth: int = 6
+    mixers: tuple[Mixer, ...] = (Miras(variants.yaad()),)
+    hidden: int | None = None
+    embedding: Literal["tied", "untied"] = "tied"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "block"] = "none"
+
+    def __post_init__(self):
+        if self.depth % len(self.mixers):
+            raise ValueError(
+                f"depth {self.depth} is no multiple of the {len(self.mixers)} mixers "
+                "that repeat; add or leave out blocks."
+            )
+
+    @property
+    def mlp_hidden(self) -> int:
+        return self.hidden or -(-8 * self.width // 3 // 64) * 64
+
+    def build(self, vocab_size: int, rngs: nnx.Rngs) -> "LanguageModel":
+        return LanguageModel(self, vocab_size, rngs)
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: Model, mixer: Mixer, rngs: nnx.Rngs):
+        # Both branches of all blocks add to one stream: 1 / sqrt(2 depth) each keeps its
+        # variance at the output of the order of one (GPT-2).
+        scale = (2 * config.depth) ** -0.5
+        self.mixer_norm = RMSNorm(config.width)
+        self.mixer = mixer.build(config.width, scale, rngs)
+        self.mlp_norm = RMSNorm(config.width)
+        self.mlp = SwiGLU(config.width, config.mlp_hidden, scale=scale, rngs=rngs)
+
+    def __call__(self, x, cache=None):
+        y, cache = self.mixer(self.mixer_norm(x), cache)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Group(nnx.Module):
+    """One block per entry of `mixers`: the unit that is repeated along the depth."""
+
+    def __init__(self, config: Model, rngs: nnx.Rngs):
+        self.blocks = nnx.List([Block(config, mixer, rngs) for mixer in config.mixers])
+
+    def __call__(self, x, caches=None):
+        caches = caches or (None,) * len(self.blocks)
+        new_caches = []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, cache = block(x, cache)
+            new_caches.append(cache)
+        return x, tuple(new_caches)
+
+
+class LanguageModel(nnx.Module):
+    """Token ids `[B, L]` -> logits `[B, L, vocab]` in float32.
+
+    The groups of blocks are stacked along a leading axis of every parameter and scanned,
+    so that compilation time does not grow with depth. The embedding is normal with
+    standard deviation 0.02 (tied: the same matrix gives logits near zero from the
+    normalised stream); blocks see it through a norm.
+    """
+
+    def __init__(self, config: Model, vocab_size: int, rngs: nnx.Rngs):
+        self.config = config
+        embedding = 0.02 * jax.random.normal(rngs.params(), (vocab_size, config.width))
+        self.embedding = param(embedding, ("vocab", "embed"))
+        groups = config.depth // len(config.mixers)
+
+        @nnx.split_rngs(splits=groups)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs):
+            return Group(config, rngs)
+
+        self.groups = stack(rngs)
+        self.norm = RMSNorm(config.width)
+        self.output = nnx.data(
+            None
+            if config.embedding == "tied"
+            else Projection(config.width, vocab_size, ("embed", "vocab"), rngs=rngs)
+        )
+
+    def start(self, batch: int, max_length: int) -> Any:
+        """The cache before the first token, for reading up to max_length tokens."""
+        graph, params = nnx.split(self.groups)
+        dtype = jnp.dtype(self.config.compute_dtype)
+
+        def start(params):
+            group = nnx.merge(graph, params)
+            return tuple(b.mixer.start(batch, max_length, dtype) for b in group.blocks)
+
+        return jax.vmap(start)(params)
+
+    def __call__(self, tokens: jax.Array, cache: Any = None) -> tuple[jax.Array, Any]:
+        """Logits and the cache after these tokens (None if none was given)."""
+        x = self.embedding[...][tokens].astype(self.config.compute_dtype)
+        graph, params = nnx.split(self.groups)
+
+        def read_group(x, inputs):
+            params, caches = inputs
+            return nnx.merge(graph, params)(x, caches)
+
+        if self.config.remat == "block":
+            read_group = jax.checkpoint(read_group)
+        x, caches = jax.lax.scan(read_group, x, (params, cache))
+        x = self.norm(x)
+        if self.output is None:
+            logits = x @ self.embedding[...].astype(x.dtype).T
+        else:
+            logits = self.output(x)
+        return logits.astype(jnp.float32), None if cache is None else caches
