@@ -1,0 +1,341 @@
+"""Text files to batches of token windows.
+
+`prepare` tokenises once into memory-mapped files; `train_batches` and
+`heldout_batches` cut them into windows of `context_length + 1` tokens, the last token
+of a window being the first of the next, so that each is predicted exactly once.
+"""
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from miras_jax.errors import UserError
+from miras_jax.training import tokenizer as tokenizers
+from miras_jax.training.tokenizer import BPE, Bytes, Tokenizer
+
+if TYPE_CHECKING:
+    import grain
+
+# Part of every fingerprint: raise it when the same files would give other tokens.
+_FORMAT = 1
+_OUTPUTS = ("train.npy", "heldout.npy", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """UTF-8 text, one document per file.
+
+    `train` and `heldout` are paths or globs (`**` included), relative to the working
+    directory. Each document follows an end-of-text token, so that its first token is
+    predicted too.
+    """
+
+    train: tuple[str, ...]
+    heldout: tuple[str, ...]
+    context_length: int
+    tokenizer: Bytes | BPE
+
+    def __post_init__(self):
+        for split in ("train", "heldout"):
+            if isinstance(getattr(self, split), str):
+                raise UserError(
+                    f"TextFiles.{split} is one string; write a tuple of paths: "
+                    f'{split}=("{getattr(self, split)}",)'
+                )
+        if self.context_length < 1:
+            raise UserError(
+                f"TextFiles.context_length is {self.context_length}; use at least 1"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A tokenised corpus: `train` and `heldout` are 1-D memory maps of token ids.
+
+    Bytes and words (separated by whitespace) are those of the source text. Equal
+    fingerprints mean equal text, tokenizer and windows.
+    """
+
+    tokenizer: Tokenizer
+    context_length: int
+    train: np.ndarray
+    heldout: np.ndarray
+    train_bytes: int
+    heldout_bytes: int
+    heldout_words: int
+    fingerprint: str
+
+
+class Windows:
+    """Random access to the full windows of `tokens`, int32 `[context_length + 1]`."""
+
+    def __init__(self, tokens: np.ndarray, context_length: int):
+        self._tokens = tokens
+        self._context_length = context_length
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self._context_length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start = index * self._context_length
+        return self._tokens[start : start + self._context_length + 1].astype(np.int32)
+
+
+def prepare(config: TextFiles, directory: str | Path) -> Prepared:
+    """Tokenise into `directory`, or reuse what an equal preparation left there.
+
+    What is there counts only if the hashes of all sources and of all outputs match its
+    `prepared.json`, so an interrupted or damaged preparation is done again. Processes
+    of one machine that prepare the same directory wait for the first of them. The
+    tokenizer is trained on the train files alone.
+
+    UserError: files that are missing, empty, not UTF-8 or in both splits, a training
+    text shorter than one window, a directory that cannot be written.
+    """
+    sources = {split: _find(config, split) for split in ("train", "heldout")}
+    hashes = {split: [_sha256(p) for p in paths] for split, paths in sources.items()}
+    for path, digest in zip(sources["heldout"], hashes["heldout"], strict=True):
+        if digest in hashes["train"]:
+            raise UserError(
+                f"{path} is held out but its text is also trained on; "
+                "remove it from TextFiles.train"
+            )
+    choice = {"kind": type(config.tokenizer).__name__, **asdict(config.tokenizer)}
+    identity = [_FORMAT, hashes, config.context_length, choice]
+    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    directory = Path(directory)
+    record = _matching_record(directory, fingerprint)
+    if record is None:
+        with _locked(directory):
+            # Another process may have done the work while this one waited.
+            record = _matching_record(directory, fingerprint)
+            if record is None:
+                record = {
+                    "fingerprint": fingerprint,
+                    "config": {**asdict(config), "tokenizer": choice},
+                    "sources": {
+                        split: dict(zip(map(str, paths), hashes[split], strict=True))
+                        for split, paths in sources.items()
+                    },
+                }
+                _tokenise(config, sources, record, directory)
+    return Prepared(
+        tokenizer=tokenizers.load(directory / "tokenizer.json"),
+        context_length=config.context_length,
+        train=np.load(directory / "train.npy", mmap_mode="r"),
+        heldout=np.load(directory / "heldout.npy", mmap_mode="r"),
+        train_bytes=record["train"]["bytes"],
+        heldout_bytes=record["heldout"]["bytes"],
+        heldout_words=record["heldout"]["words"],
+        fingerprint=fingerprint,
+    )
+
+
+def train_batches(
+    prepared: Prepared,
+    *,
+    batch_size: int,
+    seed: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> "grain.experimental.ElasticIterator":
+    """Iterate without end over shuffled windows, in a new order each epoch.
+
+    `batch_size` is the global batch; each step yields int32
+    `[batch_size / shard_count, context_length + 1]`, rows `shard_index::shard_count` of
+    that batch. `get_state()` is a small JSON dict, the same on every shard, from which
+    `set_state` continues exactly under any `shard_count`. A last stretch of text
+    shorter than a window is not trained on.
+
+    UserError: `batch_size` does not fit the shards or exceeds the number of windows.
+    """
+    import grain  # Slow to import, and only training needs it.
+
+    _rows_per_shard(batch_size, shard_index, shard_count)
+    windows = Windows(prepared.train, prepared.context_length)
+    if batch_size > len(windows):
+        raise UserError(
+            f"batch_size={batch_size} but the training text has only {len(windows)} "
+            f"windows of {prepared.context_length} tokens; lower batch_size or "
+            "context_length, or add text"
+        )
+    return grain.experimental.ElasticIterator(
+        grain.MapDataset.source(windows).seed(seed).shuffle().repeat(),
+        batch_size,
+        grain.sharding.ShardOptions(shard_index, shard_count),
+        # The buffer counts whole batches; grain's default of 500 can exhaust memory.
+        read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=8),
+    )
+
+
+def heldout_batches(
+    prepared: Prepared,
+    batch_size: int,
+    *,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    limit: int | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Iterate once, in order, over the held-out windows.
+
+    Yields tokens int32 `[rows, context_length + 1]` and the weights of the predicted
+    tokens, float32 `[rows, context_length]`, with `rows = batch_size / shard_count`.
+    All shapes are equal and all shards yield equally often: what is missing in the last
+    batch has weight 0. `limit` reads at most that many windows, spread evenly.
+
+    UserError: `batch_size` does not fit the shards, or `limit` is below 1.
+    """
+    rows = _rows_per_shard(batch_size, shard_index, shard_count)
+    length = prepared.context_length
+    count = -(-(len(prepared.heldout) - 1) // length)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit} leaves no held-out window; use at least 1")
+    kept = count if limit is None else min(limit, count)
+    chosen = np.arange(kept) * count // kept
+
+    def batches():
+        for first in range(0, kept, batch_size):
+            tokens = np.zeros((rows, length + 1), np.int32)
+            weights = np.zeros((rows, length), np.float32)
+            batch = chosen[first : first + batch_size]
+            for row, window in enumerate(batch[shard_index::shard_count]):
+                start = window * length
+                ids = prepared.heldout[start : start + length + 1]
+                tokens[row, : len(ids)] = ids
+                weights[row, : len(ids) - 1] = 1
+            yield tokens, weights
+
+    return batches()
+
+
+def _rows_per_shard(batch_size: int, shard_index: int, shard_count: int) -> int:
+    if not 0 <= shard_index < shard_count:
+        raise ValueError(f"shard_index {shard_index} is not in range({shard_count})")
+    if batch_size < 1 or batch_size % shard_count:
+        raise UserError(
+            f"batch_size={batch_size} cannot be split evenly over {shard_count} "
+            f"shards; use a positive multiple of {shard_count}"
+        )
+    return batch_size // shard_count
+
+
+def _find(config: TextFiles, split: str) -> list[Path]:
+    """The files of one split: patterns in the order given, sorted within a glob."""
+    patterns = getattr(config, split)
+    paths = []
+    for pattern in patterns:
+        exact = [pattern] if Path(pattern).is_file() else []
+        matches = exact or sorted(glob.glob(pattern, recursive=True))
+        found = [Path(match) for match in matches if Path(match).is_file()]
+        if not found:
+            raise UserError(
+                f"no file matches {pattern!r} (TextFiles.{split}) in {Path.cwd()}; "
+                "correct the path or start from the directory it is relative to"
+            )
+        paths += found
+    paths = list(dict.fromkeys(paths))
+    if not any(path.stat().st_size for path in paths):
+        raise UserError(
+            f"TextFiles.{split} holds no text ({len(paths)} files, all empty); "
+            "name at least one file that is not empty"
+        )
+    return paths
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it, for example "
+            "with iconv -f latin1 -t utf-8"
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock, which the system frees if its holder is killed."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / ".lock", "w")
+    except OSError as error:
+        raise UserError(
+            f"cannot write prepared data to {directory}: {error.strerror}; "
+            "choose a directory that can be written"
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _tokenise(
+    config: TextFiles, sources: dict[str, list[Path]], record: dict, directory: Path
+) -> None:
+    """Write every output beside its place, then move all in; complete `record`."""
+    staging = directory / ".preparing"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    tokenizer = config.tokenizer.train(_read(path) for path in sources["train"])
+    tokenizer.save(staging / "tokenizer.json")
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    for split, paths in sources.items():
+        documents, words = [], 0
+        for path in paths:
+            text = _read(path)
+            words += len(text.split())
+            ids = np.append(np.int32(tokenizer.end_of_text), tokenizer.encode(text))
+            documents.append(ids.astype(dtype))
+        tokens = np.concatenate(documents)
+        if split == "train" and len(tokens) <= config.context_length:
+            raise UserError(
+                f"the training text has {len(tokens)} tokens, one window needs "
+                f"{config.context_length + 1}; lower context_length or add text"
+            )
+        np.save(staging / f"{split}.npy", tokens)
+        record[split] = {
+            "bytes": sum(path.stat().st_size for path in paths),
+            "words": words,
+            "tokens": len(tokens),
+        }
+    record["outputs"] = {name: _sha256(staging / name) for name in _OUTPUTS}
+    record["seal"] = _seal(record)
+    (staging / "prepared.json").write_text(json.dumps(record, indent=2) + "\n")
+    for name in (*_OUTPUTS, "prepared.json"):
+        os.replace(staging / name, directory / name)
+    staging.rmdir()
+
+
+def _matching_record(directory: Path, fingerprint: str) -> dict | None:
+    """Return `prepared.json` if all there is whole and what `fingerprint` names."""
+    try:
+        record = json.loads((directory / "prepared.json").read_text())
+        whole = record["seal"] == _seal(record) and all(
+            record["outputs"][name] == _sha256(directory / name) for name in _OUTPUTS
+        )
+        return record if whole and record["fingerprint"] == fingerprint else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _seal(record: dict) -> str:
+    """The hash of all of `record` but its seal."""
+    body = {name: value for name, value in record.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,211 @@
+"""The rules that every core test runs on, random inputs for them, and their programs.
+
+A case is one row of the table: a rule and whether its rates are channel-wise. Every
+published variant has a row, and so has every value of each of the four axes. Shapes
+are tiny and compiled functions are kept, because compiling dominates the time.
+"""
+
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+import miras_jax as miras
+from miras_jax import algorithm, bias, memory, retention, variants
+
+VARIANT_NAMES = (
+    "moneta",
+    "yaad",
+    "memora",
+    "titans",
+    "ttt_mlp",
+    "ttt_linear",
+    "linear_attention",
+    "retnet",
+    "delta_net",
+    "gated_delta_net",
+    "gated_delta_net_miras",
+)
+LENGTH = 11  # two chunks of four and an unfinished one
+
+
+class Case(NamedTuple):
+    name: str
+    rule: miras.Rule
+    channelwise: bool = False
+
+
+def small(rule):
+    """The same rule with short chunks, a narrow memory and a mass to match."""
+    if isinstance(rule.memory, memory.MLP):
+        rule = replace(rule, memory=replace(rule.memory, expansion=2))
+    if isinstance(rule.retention, retention.KL):
+        rule = replace(rule, retention=replace(rule.retention, mass=4.0))
+    return replace(rule, chunk_size=min(rule.chunk_size, 4))
+
+
+def variant_cases():
+    return [Case(name, small(getattr(variants, name)())) for name in VARIANT_NAMES]
+
+
+def axis_cases():
+    """One row per value of each axis; the other three stay at their plainest value."""
+    plain = miras.Rule(
+        memory=memory.MLP(depth=2, expansion=2),
+        bias=bias.L2(),
+        retention=retention.Decay(),
+        algorithm=algorithm.GradientDescent(),
+        chunk_size=4,
+        readout="linear",
+    )
+    linear = replace(plain, memory=memory.Linear())
+    normed = replace(plain, memory=memory.Linear(residual=True, norm=True))
+    deep = replace(plain, memory=memory.MLP(depth=3, expansion=2))
+    by_value = replace(linear, retention=retention.Decay(axis="value"))
+    yaad = replace(plain, bias=bias.Huber(form="switch"))
+    moneta = replace(
+        plain, bias=bias.Lp(3.0), retention=retention.Lq(4.0, form="paper")
+    )
+    mirror = replace(plain, retention=retention.Lq(4.0, form="mirror"))
+    moving = replace(plain, algorithm=algorithm.Momentum())
+    retained = {
+        "algorithm": algorithm.GradientDescent(at="retained"),
+        "chunk_size": 1,
+    }
+    momentum_retained = replace(
+        linear, algorithm=algorithm.Momentum(at="retained"), chunk_size=1
+    )
+    return [
+        Case("linear", linear),
+        Case("linear-channels", linear, channelwise=True),
+        Case("linear-norm-channels", normed, channelwise=True),
+        Case("mlp-1-channels", replace(plain, memory=memory.MLP(depth=1)), True),
+        Case("mlp-2-channels", plain, channelwise=True),
+        Case("mlp-3", deep),
+        Case("mlp-3-channels", deep, channelwise=True),
+        Case("dot-product", replace(plain, bias=bias.DotProduct())),
+        Case("lp-exact", replace(plain, bias=bias.Lp(3.0, smooth=False))),
+        Case("l1", replace(plain, bias=bias.L1())),
+        Case("huber-coordinate", replace(plain, bias=bias.Huber(form="coordinate"))),
+        Case("huber-norm", replace(plain, bias=bias.Huber(form="norm"))),
+        Case("huber-switch-channels", yaad, channelwise=True),
+        Case("keep", replace(plain, retention=retention.Keep())),
+        Case("decay-value-channels", by_value, channelwise=True),
+        Case("lq-paper-channels", moneta, channelwise=True),
+        Case("lq-paper-3", replace(plain, retention=retention.Lq(3.0, "paper"))),
+        Case("lq-mirror", mirror),
+        Case("lq-mirror-1.5", replace(plain, retention=retention.Lq(1.5, "mirror"))),
+        Case("kl-0", replace(plain, retention=retention.KL(mass=3.0, axis=0))),
+        Case("kl-1", replace(plain, retention=retention.KL(mass=3.0, axis=1))),
+        Case("kl-last", replace(plain, retention=retention.KL(mass=3.0, axis=-1))),
+        Case("retained-channels", replace(plain, **retained), channelwise=True),
+        Case("momentum-channels", moving, channelwise=True),
+        Case("momentum-linear", replace(moving, memory=memory.Linear())),
+        Case("momentum-retained", momentum_retained),
+        Case("momentum-lq", replace(mirror, algorithm=algorithm.Momentum())),
+    ]
+
+
+def all_cases():
+    return variant_cases() + axis_cases()
+
+
+def dims(rule):
+    """Key and value width; a residual needs them equal."""
+    plain = isinstance(rule.memory, memory.Linear) and not rule.memory.residual
+    return (4, 6) if plain else (4, 4)
+
+
+def inputs(case, length=LENGTH, seed=0):
+    """Random float64 parameters and tokens, as NumPy arrays."""
+    rule, channelwise = case.rule, case.channelwise
+    rng = np.random.default_rng(seed)
+    key_dim, value_dim = dims(rule)
+
+    def rate(low, high, width):
+        shape = (length, width) if channelwise and width else (length,)
+        return rng.uniform(low, high, shape)
+
+    def parameter(path, leaf):
+        noise = rng.normal(size=leaf.shape)
+        if path[0].name == "weights":
+            return noise / np.sqrt(leaf.shape[0])
+        return float(path[0].name == "norm_scale") + 0.3 * noise
+
+    shapes = jax.eval_shape(
+        lambda: rule.init(jax.random.key(0), key_dim=key_dim, value_dim=value_dim)
+    )
+    params = jax.tree.map_with_path(parameter, shapes)
+    has_gate = not isinstance(rule.retention, retention.Keep)
+    by_value = has_gate and getattr(rule.retention, "axis", "key") == "value"
+    has_momentum = isinstance(rule.algorithm, algorithm.Momentum)
+    has_threshold = isinstance(rule.bias, bias.Huber)
+    rates = miras.Rates(
+        learn=rate(0.1, 0.6, value_dim),
+        keep=rate(0.7, 0.99, value_dim if by_value else key_dim) if has_gate else None,
+        momentum=rate(0.4, 0.9, None) if has_momentum else None,
+        threshold=rate(0.8, 2.5, value_dim) if has_threshold else None,
+    )
+    tokens = miras.Tokens(
+        queries=rng.normal(size=(length, key_dim)) / np.sqrt(key_dim),
+        keys=rng.normal(size=(length, key_dim)) / np.sqrt(key_dim),
+        values=rng.normal(size=(length, value_dim)),
+        rates=rates,
+    )
+    return params, tokens
+
+
+def jit(function):
+    """jax.jit at the lowest effort: these programs run once, compiling is the cost."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@cache
+def start(rule):
+    return jit(rule.start)
+
+
+@cache
+def run(rule, implementation):
+    """Compiled `miras.run` from a state whose place in the chunk is data."""
+
+    def run_from(params, state, tokens):
+        return miras.run(rule, params, state, tokens, implementation=implementation)
+
+    return jit(run_from)
+
+
+@cache
+def run_whole(rule, implementation):
+    """Compiled `miras.run` from the first token, a place known while compiling."""
+
+    def run_all(params, tokens):
+        state = rule.start(params)
+        return miras.run(rule, params, state, tokens, implementation=implementation)
+
+    return jit(run_all)
+
+
+@cache
+def step(rule):
+    return jit(lambda params, state, token: miras.step(rule, params, state, token))
+
+
+def run_steps(rule, params, tokens):
+    """Decode token by token; return the outputs and the state after each token."""
+    state, outputs, states = start(rule)(params), [], []
+    for t in range(len(tokens.keys)):
+        token = jax.tree.map(lambda x, t=t: x[t], tokens)
+        output, state = step(rule)(params, state, token)
+        outputs.append(output)
+        states.append(state)
+    return np.array(outputs), states
+
+
+def error(actual, expected):
+    """RMS of the difference relative to the RMS of the expected array."""
+    actual, expected = np.asarray(actual, float), np.asarray(expected, float)
+    assert actual.shape == expected.shape
+    return np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))

@@ -1,0 +1,291 @@
+"""The paper's recurrences, token by token, in NumPy with derivatives by hand.
+
+`run` follows the definition of one chunk for any rule. It shares no code with
+`miras_jax`: it reads only the fields of a rule, such as `rule.bias.p`. The functions
+at the end are recurrences copied from the papers of single models, independent of
+`run`, so that a wrong reading of the framework cannot hide in both.
+
+L length, K key width, V value width; a weight matrix is [in, out].
+"""
+
+import numpy as np
+
+LAYER_NORM_EPS = 1e-6
+SMOOTH_EPS = 1e-6
+SHARPNESS = 10.0
+
+
+def gelu(z):
+    return 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+
+
+def gelu_derivative(z):
+    t = np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))
+    inner = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * z**2)
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t**2) * inner
+
+
+class Memory:
+    """M(x) = [x +] [LN] W_n ... gelu(W_1 x), with its gradient by hand."""
+
+    def __init__(self, kind, params):
+        is_mlp = type(kind).__name__ == "MLP"
+        self.residual = is_mlp or kind.residual
+        self.norm = is_mlp or kind.norm
+        self.scale, self.bias = params.norm_scale, params.norm_bias
+
+    def forward(self, weights, x):
+        """Return M(x) and what the backward pass needs."""
+        inputs, products = [], []
+        h = x
+        for i, w in enumerate(weights):
+            if i > 0:
+                h = gelu(products[-1])
+            inputs.append(h)
+            products.append(h @ w)
+        y = products[-1]
+        normalised = deviation = None
+        if self.norm:
+            deviation = np.sqrt(np.mean((y - y.mean()) ** 2) + LAYER_NORM_EPS)
+            normalised = (y - y.mean()) / deviation
+            y = normalised * np.asarray(self.scale) + np.asarray(self.bias)
+        if self.residual:
+            y = x + y
+        return y, (inputs, products, normalised, deviation)
+
+    def gradient(self, weights, x, cotangent):
+        """Return dl/dW of each matrix, where `cotangent` maps M(x) to dl/dM(x)."""
+        y, (inputs, products, normalised, deviation) = self.forward(weights, x)
+        d = cotangent(y)
+        if self.norm:
+            d = d * np.asarray(self.scale)
+            along = normalised * np.mean(d * normalised)
+            d = (d - d.mean() - along) / deviation
+        gradients = [None] * len(weights)
+        for i in reversed(range(len(weights))):
+            gradients[i] = np.outer(inputs[i], d)
+            if i > 0:
+                d = (weights[i] @ d) * gelu_derivative(products[i - 1])
+        return gradients
+
+
+def cotangent(bias, prediction, value, threshold):
+    """Return the derivative of the inner loss with respect to the prediction."""
+    r = prediction - value
+    smooth_sign = np.tanh(SHARPNESS * r)
+    match type(bias).__name__:
+        case "DotProduct":
+            return -value
+        case "L2":
+            return r
+        case "L1":
+            return smooth_sign
+        case "Lp" if bias.smooth:
+            smooth_power = (r**2 + SMOOTH_EPS) ** ((bias.p - 1) / 2)
+            return bias.p * smooth_sign * smooth_power
+        case "Lp":
+            return bias.p * np.sign(r) * np.abs(r) ** (bias.p - 1)
+        case "Huber":
+            t = bias.threshold if threshold is None else threshold
+            length = np.sqrt(np.sum(r**2))
+            match bias.form:
+                case "coordinate":
+                    return np.where(np.abs(r) <= t, r, t * np.sign(r))
+                case "norm":
+                    return np.where(length <= t, r, t * r / length)
+                case "switch":
+                    return np.where(length <= t, r, t * smooth_sign)
+    raise NotImplementedError(f"the oracle does not know {bias}")
+
+
+def norm(a, q):
+    return np.sum(np.abs(a) ** q) ** (1 / q)
+
+
+def weights_of(retention, a):
+    """Map one dual matrix to its weights."""
+    match type(retention).__name__:
+        case "Keep" | "Decay":
+            return a
+        case "Lq":
+            q = retention.q
+            power = a if retention.form == "paper" else np.sign(a) * abs(a) ** (q - 1)
+            return power / norm(a, q) ** (q - 2)
+        case "KL":
+            e = np.exp(a - a.max())
+            return retention.mass * e / e.sum(axis=retention.axis, keepdims=True)
+    raise NotImplementedError(f"the oracle does not know {retention}")
+
+
+def dual_of(retention, w):
+    """Map initial parameters to the dual: the inverse of `weights_of`, KL apart.
+
+    paper:  |W| = |A|^(3-q), hence A = W |W|^((q-2)/(3-q)), all norms of order q.
+            At q = 3 only the direction of A counts, and A = W serves.
+    mirror: |W|_p = |A|_q with p = q / (q - 1), then undo the elementwise power.
+    """
+    if type(retention).__name__ != "Lq":
+        return w  # the parameters of KL are logits already
+    q = retention.q
+    if retention.form == "paper":
+        if q == 3:
+            return w
+        return w * norm(w, q) ** ((q - 2) / (3 - q))
+    size = norm(w, q / (q - 1))
+    return np.sign(w) * (np.abs(w) * size ** (q - 2)) ** (1 / (q - 1))
+
+
+def linear_scale(retention, a):
+    """The scalar that stands for the map inside a chunk of the linear readout."""
+    match type(retention).__name__:
+        case "Lq" if retention.form == "paper":
+            return 1 / norm(a, retention.q) ** (retention.q - 2)
+        case "Lq":
+            return norm(a, retention.q) ** 2 / np.sum(a**2)
+        case "KL":
+            return retention.mass / a.shape[retention.axis]
+    return 1.0
+
+
+def rate_per_matrix(rate, count, single_axis):
+    """Shape one token's rate for each matrix: rows of the first, columns of the last.
+
+    A single matrix has both roles; `single_axis` says which one the rate takes.
+    """
+    if rate is None:
+        return [1.0] * count
+    if np.ndim(rate) == 0:
+        return [rate] * count
+    rows, columns = rate[:, None], rate[None, :]
+    if count == 1:
+        return [rows if single_axis == "key" else columns]
+    return [rows] + [rate.mean()] * (count - 2) + [columns]
+
+
+def token_rates(rule, rates, count, s):
+    """Return learn and keep of token s for each matrix, its momentum and threshold."""
+    learn, keep, momentum, threshold = (
+        None if rate is None else np.asarray(rate, np.float64)[s] for rate in rates
+    )
+    kind = type(rule.retention).__name__
+    keep_axis = rule.retention.axis if kind == "Decay" else "key"
+    return (
+        rate_per_matrix(learn, count, "value"),
+        rate_per_matrix(None if kind == "Keep" else keep, count, keep_axis),
+        momentum,
+        threshold,
+    )
+
+
+def run(rule, params, tokens):
+    """Return outputs [L, V] and the weights W_L = weights(A_L) after the last token."""
+    queries, keys, values = (np.asarray(x, np.float64) for x in tokens[:3])
+    matrices = [np.asarray(w, np.float64) for w in params.weights]
+    every = range(len(matrices))
+    memory = Memory(rule.memory, params)
+    has_momentum = type(rule.algorithm).__name__ == "Momentum"
+    at_retained = rule.algorithm.at == "retained"
+    # With one token per chunk both readouts are the recurrence of the paper.
+    exact = rule.readout == "exact" or rule.chunk_size == 1
+
+    a = [dual_of(rule.retention, w) for w in matrices]
+    m = [np.zeros_like(w) for w in matrices]
+    outputs = []
+    for s in range(len(keys)):
+        learn, keep, momentum, threshold = token_rates(rule, tokens.rates, len(a), s)
+
+        if s % rule.chunk_size == 0:
+            w_c = [weights_of(rule.retention, a[i]) for i in every]
+            scale = [linear_scale(rule.retention, a[i]) for i in every]
+            kept = [np.ones_like(a[i]) for i in every]
+            added = [np.zeros_like(a[i]) for i in every]
+
+        w_gradient = [keep[i] * w_c[i] for i in every] if at_retained else w_c
+        g = memory.gradient(
+            w_gradient,
+            keys[s],
+            lambda y, s=s, t=threshold: cotangent(rule.bias, y, values[s], t),
+        )
+        for i in every:
+            step = -learn[i] * g[i]
+            if has_momentum:
+                step = m[i] = momentum * m[i] + step
+            a[i] = keep[i] * a[i] + step
+            kept[i] = keep[i] * kept[i]
+            added[i] = keep[i] * added[i] + step
+
+        if exact:
+            w = [weights_of(rule.retention, a[i]) for i in every]
+        else:
+            w = [kept[i] * w_c[i] + scale[i] * added[i] for i in every]
+        outputs.append(memory.forward(w, queries[s])[0])
+    return np.array(outputs), [weights_of(rule.retention, a[i]) for i in every]
+
+
+# Recurrences as printed in the papers of single models. Their states are [V, K]:
+# `state @ key` predicts a value. Keys and values arrive as rows.
+
+
+def linear_attention(state, queries, keys, values):
+    """S_t = S_{t-1} + v_t k_t^T  (Katharopoulos et al., arXiv 2006.16236)."""
+    outputs = []
+    for q, k, v in zip(queries, keys, values, strict=True):
+        state = state + np.outer(v, k)
+        outputs.append(state @ q)
+    return np.array(outputs)
+
+
+def retnet(state, queries, keys, values, keep):
+    """S_t = gamma S_{t-1} + v_t k_t^T  (Sun et al., arXiv 2307.08621)."""
+    outputs = []
+    for q, k, v, gamma in zip(queries, keys, values, keep, strict=True):
+        state = gamma * state + np.outer(v, k)
+        outputs.append(state @ q)
+    return np.array(outputs)
+
+
+def delta_net(state, queries, keys, values, beta):
+    """S_t = S_{t-1} (I - beta k k^T) + beta v k^T  (Yang et al., arXiv 2406.06484)."""
+    identity = np.eye(keys.shape[1])
+    outputs = []
+    for q, k, v, b in zip(queries, keys, values, beta, strict=True):
+        state = state @ (identity - b * np.outer(k, k)) + b * np.outer(v, k)
+        outputs.append(state @ q)
+    return np.array(outputs)
+
+
+def gated_delta_net(state, queries, keys, values, beta, alpha):
+    """S_t = alpha S_{t-1} (I - beta k k^T) + beta v k^T  (arXiv 2412.06464)."""
+    identity = np.eye(keys.shape[1])
+    outputs = []
+    for q, k, v, b, a in zip(queries, keys, values, beta, alpha, strict=True):
+        state = state @ (a * (identity - b * np.outer(k, k))) + b * np.outer(v, k)
+        outputs.append(state @ q)
+    return np.array(outputs)
+
+
+def gated_delta_net_miras(state, queries, keys, values, beta, alpha):
+    """S_t = S_{t-1} (alpha I - beta k k^T) + beta v k^T: the error before the decay."""
+    identity = np.eye(keys.shape[1])
+    outputs = []
+    for q, k, v, b, a in zip(queries, keys, values, beta, alpha, strict=True):
+        state = state @ (a * identity - b * np.outer(k, k)) + b * np.outer(v, k)
+        outputs.append(state @ q)
+    return np.array(outputs)
+
+
+def titans(state, queries, keys, values, theta, alpha, eta):
+    """M_t = (1 - alpha) M_{t-1} + S_t, S_t = eta S_{t-1} - theta grad |M k - v|^2.
+
+    Equations 13-14 of arXiv 2501.00663 with a linear memory; alpha is the share
+    forgotten. The squared error is not halved there: grad = 2 (M k - v) k^T.
+    """
+    surprise = np.zeros_like(state)
+    outputs = []
+    rows = zip(queries, keys, values, theta, alpha, eta, strict=True)
+    for q, k, v, step, forgotten, carried in rows:
+        gradient = 2 * np.outer(state @ k - v, k)
+        surprise = carried * surprise - step * gradient
+        state = (1 - forgotten) * state + surprise
+        outputs.append(state @ q)
+    return np.array(outputs)

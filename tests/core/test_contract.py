@@ -1,0 +1,306 @@
+"""Properties that every rule keeps, whatever its four choices are."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import miras_jax as miras
+from miras_jax import algorithm, bias, memory, retention, variants
+from miras_jax.errors import UserError
+from tests import core
+from tests.core import Case, error
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+VARIANTS = core.variant_cases()
+CASES = core.all_cases()
+
+
+def by_name(case):
+    return case.name
+
+
+def variant(name):
+    return next(case.rule for case in VARIANTS if case.name == name)
+
+
+def part(tokens, start, stop):
+    return jax.tree.map(lambda x: x[start:stop], tokens)
+
+
+every_rule = pytest.mark.parametrize("case", CASES, ids=by_name)
+every_variant = pytest.mark.parametrize("case", VARIANTS, ids=by_name)
+
+
+# A rule is a value.
+
+
+def test_rules_built_twice_are_equal_and_changed_ones_are_not():
+    for first, second in zip(CASES, core.all_cases(), strict=True):
+        assert first.rule == second.rule
+        assert hash(first.rule) == hash(second.rule)
+        assert replace(first.rule, readout="exact") != second.rule
+
+
+@every_rule
+def test_a_rule_prints_its_four_choices(case):
+    text = repr(case.rule)
+    for axis in ("memory", "bias", "retention", "algorithm"):
+        assert repr(getattr(case.rule, axis)) in text
+
+
+def test_an_equal_rule_is_not_traced_again():
+    traced = []
+
+    def start(rule, params):
+        traced.append(rule)
+        return rule.start(params)
+
+    compiled = jax.jit(start, static_argnums=0)
+    params, _ = core.inputs(Case("yaad", variant("yaad")))
+    compiled(core.small(variants.yaad()), params)
+    compiled(core.small(variants.yaad()), params)
+    assert len(traced) == 1
+    compiled(replace(variant("yaad"), chunk_size=2), params)
+    assert len(traced) == 2
+
+
+# What a layer relies on: batches, cuts, mixed precision.
+
+
+@every_variant
+def test_vmap_equals_a_loop(case):
+    singles = [core.inputs(case, seed=seed) for seed in (1, 2)]
+    params, tokens = jax.tree.map(lambda *x: np.stack(x), *singles)
+
+    def whole(params, tokens):
+        return miras.run(case.rule, params, case.rule.start(params), tokens)[0]
+
+    batched = core.jit(jax.vmap(whole))(params, tokens)
+    looped = [core.run_whole(case.rule, None)(*single)[0] for single in singles]
+    assert error(batched, np.stack(looped)) < 1e-12
+
+
+@every_rule
+def test_a_sequence_in_two_parts_equals_the_whole(case):
+    """The cut at 5 is inside a chunk, at a place that is data to the program."""
+    params, tokens = core.inputs(case, length=10)
+    whole, last = core.run_whole(case.rule, None)(params, tokens)
+    go = core.run(case.rule, None)
+    first, state = go(params, core.start(case.rule)(params), part(tokens, 0, 5))
+    second, state = go(params, state, part(tokens, 5, 10))
+    assert error(np.concatenate([first, second]), whole) < 1e-12
+    assert jax.tree.structure(state) == jax.tree.structure(last)
+    for actual, expected in zip(*map(jax.tree.leaves, (state, last)), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name, readout, implementation",
+    [
+        ("yaad", "linear", "xla"),
+        ("yaad", "linear", "definition"),
+        ("memora", "exact", "xla"),
+        ("titans", "linear", "xla"),
+        ("gated_delta_net", "linear", "xla"),
+    ],
+)
+def test_every_cut_equals_the_whole(name, readout, implementation):
+    rule = replace(variant(name), readout=readout)
+    params, tokens = core.inputs(Case(name, rule))
+    whole, _ = core.run_whole(rule, implementation)(params, tokens)
+    go, start = core.run(rule, implementation), core.start(rule)(params)
+    for cut in range(1, core.LENGTH):
+        first, state = go(params, start, part(tokens, 0, cut))
+        second, _ = go(params, state, part(tokens, cut, core.LENGTH))
+        assert error(np.concatenate([first, second]), whole) < 1e-12, cut
+
+
+@pytest.mark.parametrize("cut", [3, 4, 6])
+@pytest.mark.parametrize("name", ["yaad", "moneta", "titans", "delta_net"])
+def test_cuts_known_while_compiling(name, cut):
+    rule = variant(name)
+    params, tokens = core.inputs(Case(name, rule))
+    whole, _ = core.run_whole(rule, None)(params, tokens)
+
+    def in_two_parts(params, tokens):
+        first, rest = part(tokens, 0, cut), part(tokens, cut, core.LENGTH)
+        first, state = miras.run(rule, params, rule.start(params), first)
+        second, _ = miras.run(rule, params, state, rest)
+        return jnp.concatenate([first, second])
+
+    assert error(core.jit(in_two_parts)(params, tokens), whole) < 1e-12
+
+
+@every_variant
+def test_run_continues_after_steps_and_steps_after_run(case):
+    params, tokens = core.inputs(case)
+    whole, _ = core.run_whole(case.rule, None)(params, tokens)
+    _, states = core.run_steps(case.rule, params, tokens)
+    output, state = core.run(case.rule, None)(params, states[2], part(tokens, 3, 8))
+    assert error(output, whole[3:8]) < 1e-12
+    token = jax.tree.map(lambda x: x[8], tokens)
+    output, _ = core.step(case.rule)(params, state, token)
+    assert error(output, whole[8]) < 1e-12
+
+
+def test_sequences_at_different_places_of_a_chunk_run_in_one_batch():
+    """Serving: under vmap the place is data, and differs between rows."""
+    rule = variant("yaad")
+    params, tokens = core.inputs(Case("yaad", rule))
+    _, states = core.run_steps(rule, params, tokens)
+    pairs = [states[0], states[2]]
+    parts = [part(tokens, 1, 9), part(tokens, 3, 11)]
+    state, rows = (jax.tree.map(lambda *x: jnp.stack(x), *x) for x in (pairs, parts))
+    go = jax.vmap(partial(miras.run, rule, params))
+    outputs, _ = core.jit(go)(state, rows)
+    whole, _ = core.run_whole(rule, None)(params, tokens)
+    assert error(outputs, np.stack([whole[1:9], whole[3:11]])) < 1e-12
+
+
+@every_variant
+def test_bfloat16_inputs_keep_a_float32_state(case):
+    params, tokens = core.inputs(case)
+    exact, _ = core.run_whole(case.rule, None)(params, tokens)
+    with jax.enable_x64(False):
+        low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tokens)
+        full = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+        outputs, state = core.run_whole(case.rule, None)(full, low)
+        assert np.all(np.isfinite(outputs.astype(jnp.float32)))
+        assert error(outputs.astype(jnp.float32), exact) < 0.1
+        for leaf in jax.tree.leaves(state):
+            assert leaf.dtype in (jnp.float32, jnp.int32)
+        half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+        for leaf in jax.tree.leaves(jax.eval_shape(case.rule.start, half)):
+            assert leaf.dtype in (jnp.float32, jnp.int32)
+
+
+@every_variant
+def test_the_first_weights_are_the_learned_ones(case):
+    params, _ = core.inputs(case)
+    weights = case.rule.weights(core.start(case.rule)(params))
+    kl = isinstance(case.rule.retention, retention.KL)
+    assert len(weights) == len(params.weights)
+    for actual, given in zip(weights, params.weights, strict=True):
+        if kl:
+            assert np.all(actual > 0)
+        else:
+            np.testing.assert_allclose(actual, given, rtol=1e-10)
+
+
+@every_variant
+def test_init_is_random_and_runs(case, key):
+    key_dim, value_dim = core.dims(case.rule)
+    _, tokens = core.inputs(case)
+    first, second = (
+        case.rule.init(k, key_dim=key_dim, value_dim=value_dim)
+        for k in jax.random.split(key)
+    )
+    outputs, state = core.run_whole(case.rule, None)(first, tokens)
+    assert outputs.shape == tokens.values.shape
+    assert np.all(np.isfinite(outputs))
+    linear_from_zero = all(np.all(w == 0) for w in first.weights)
+    assert linear_from_zero or error(first.weights[0], second.weights[0]) > 0.1
+
+
+# Twins of the comparisons: what must change the result, does.
+
+
+@every_variant
+def test_order_and_forgetting_matter(case):
+    params, tokens = core.inputs(case)
+    whole, _ = core.run_whole(case.rule, None)(params, tokens)
+    reverse = tokens._replace(keys=tokens.keys[::-1].copy())
+    outputs, _ = core.run_whole(case.rule, None)(params, reverse)
+    assert error(outputs, whole) > 1e-3
+    for rate in ("learn", "keep", "momentum", "threshold"):
+        given = getattr(tokens.rates, rate)
+        if given is not None:
+            rates = tokens.rates._replace(**{rate: given[::-1].copy()})
+            flipped = tokens._replace(rates=rates)
+            outputs, _ = core.run_whole(case.rule, None)(params, flipped)
+            assert error(outputs, whole) > 1e-3, rate
+
+
+def test_the_readout_is_no_choice_where_weights_are_the_dual():
+    rule = variant("titans")
+    params, tokens = core.inputs(Case("titans", rule))
+    whole, _ = core.run_whole(rule, "xla")(params, tokens)
+    exact, _ = core.run_whole(replace(rule, readout="exact"), "xla")(params, tokens)
+    assert error(exact, whole) < 1e-12
+
+
+def test_readout_and_chunk_size_are_part_of_the_model():
+    rule = variant("moneta")
+    params, tokens = core.inputs(Case("moneta", rule))
+    whole, _ = core.run_whole(rule, "xla")(params, tokens)
+    for change in ({"readout": "exact"}, {"chunk_size": 1}):
+        outputs, _ = core.run_whole(replace(rule, **change), "xla")(params, tokens)
+        assert error(outputs, whole) > 1e-3
+
+
+# Mistakes are named, with their fix, as early as possible.
+
+
+@pytest.mark.parametrize(
+    "build, word",
+    [
+        (lambda: replace(variant("yaad"), readout="linaer"), "readout"),
+        (lambda: replace(variant("yaad"), chunk_size=0), "chunk_size"),
+        (lambda: bias.Huber(form="smooth"), "form"),
+        (lambda: bias.Lp(0.5), "p >= 1"),
+        (lambda: retention.Lq(4.0, form="printed"), "form"),
+        (lambda: retention.Lq(1.0, form="mirror"), "q > 1"),
+        (lambda: retention.Decay(axis="row"), "axis"),
+        (lambda: retention.KL(mass=1.0, axis=2), "axis"),
+        (lambda: retention.KL(mass=0.0, axis=0), "mass"),
+        (lambda: algorithm.GradientDescent(at="next"), "at="),
+        (lambda: replace(variant("gated_delta_net"), chunk_size=4), "chunk_size=1"),
+        (lambda: memory.MLP(depth=0, expansion=4), "depth"),
+        (lambda: memory.MLP(depth=2, expansion=0), "expansion"),
+    ],
+)
+def test_impossible_choices_fail_at_construction(build, word):
+    with pytest.raises(UserError, match=word) as caught:
+        build()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [memory.MLP(), memory.Linear(residual=True)])
+def test_a_residual_memory_needs_equal_widths(kind, key):
+    rule = replace(variant("yaad"), memory=kind)
+    with pytest.raises(UserError, match="key_dim"):
+        rule.init(key, key_dim=4, value_dim=6)
+
+
+def refuse(rule, word, implementation=None, **rates):
+    """Expect a named mistake from `run` and `step` with these rates replaced."""
+    params, tokens = core.inputs(Case("refused", rule))
+    tokens = tokens._replace(rates=tokens.rates._replace(**rates))
+    state = rule.start(params)
+    with pytest.raises(UserError, match=word):
+        miras.run(rule, params, state, tokens, implementation=implementation)
+    if implementation is None:
+        token = jax.tree.map(lambda x: x[0], tokens)
+        with pytest.raises(UserError, match=word):
+            miras.step(rule, params, state, token)
+
+
+def test_an_unknown_implementation_is_refused():
+    refuse(variant("yaad"), "definition", implementation="cuda")
+
+
+def test_momentum_without_its_rate_is_refused():
+    refuse(variant("titans"), "momentum", momentum=None)
+
+
+def test_kl_refuses_channelwise_keep():
+    refuse(variant("memora"), "keep", keep=np.full((core.LENGTH, 4), 0.9))
+
+
+def test_channelwise_momentum_is_refused():
+    refuse(variant("titans"), "momentum", momentum=np.full((core.LENGTH, 4), 0.9))

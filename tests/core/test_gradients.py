@@ -1,0 +1,107 @@
+"""Gradients of the outer loop against finite differences of the NumPy oracle.
+
+The oracle has no automatic differentiation and the engine no finite differences, so
+agreement tests both at once.
+"""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import miras_jax as miras
+from tests import core
+from tests.core import error, oracle
+
+STEP = 3e-5
+# Weights of the derivative's five-point formula, exact to the fourth order of STEP.
+STENCIL = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
+
+
+def gradient_cases():
+    """Every variant, the exact readouts, and every row of the table with channels."""
+    table = {case.name: case for case in core.all_cases()}
+    yield from core.variant_cases()
+    for name in ("moneta", "memora"):
+        rule = replace(table[name].rule, readout="exact")
+        yield table[name]._replace(name=f"{name}-exact", rule=rule)
+    yield from (case for case in table.values() if case.channelwise)
+    for name in ("huber-coordinate", "huber-norm", "lp-exact", "momentum-lq"):
+        yield table[name]
+
+
+CASES = list(gradient_cases())
+
+
+def objectives(case, outputs):
+    """One fixed random linear functional of every output: `[L]`."""
+    _, value_dim = core.dims(case.rule)
+    return outputs @ np.random.default_rng(9).normal(size=value_dim)
+
+
+def jacobian(case, implementation):
+    """Jacobian `[L, *shape]` of the objectives by every parameter and token array."""
+    rule = case.rule
+
+    def function(params, tokens):
+        outputs, _ = miras.run(
+            rule, params, rule.start(params), tokens, implementation=implementation
+        )
+        return objectives(case, outputs)
+
+    with jax.enable_x64(True):
+        rows = core.jit(jax.jacrev(function, argnums=(0, 1)))(*core.inputs(case))
+        return jax.tree.leaves_with_path(rows)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def computed(case):
+    return jacobian(case, "xla")
+
+
+def test_both_implementations_have_the_same_jacobian(case, computed):
+    definition = jacobian(case, "definition")
+    for (path, actual), (_, expected) in zip(computed, definition, strict=True):
+        assert error(actual, expected) < 1e-9, path
+
+
+def test_jacobian_matches_finite_differences(case, computed):
+    """Along a random direction of each array, every output at once."""
+    leaves, structure = jax.tree.flatten(core.inputs(case))
+    rng = np.random.default_rng(7)
+
+    def evaluate(i, leaf):
+        changed = [*leaves[:i], leaf, *leaves[i + 1 :]]
+        outputs, _ = oracle.run(case.rule, *jax.tree.unflatten(structure, changed))
+        return objectives(case, outputs)
+
+    for i, (path, rows) in enumerate(computed):
+        direction = rng.normal(size=leaves[i].shape)
+        slopes = sum(
+            weight * evaluate(i, leaves[i] + steps * STEP * direction) / STEP
+            for steps, weight in STENCIL.items()
+        )
+        assert np.max(np.abs(slopes)) > 1e-3, f"{path} has no effect"
+        product = np.tensordot(rows, direction, axes=direction.ndim)
+        assert error(product, slopes) < 1e-6, path
+
+
+def test_outputs_depend_on_the_present_and_past_alone(case, computed):
+    """The Jacobian by tokens is lower triangular, with an effect on its diagonal."""
+    future = np.triu_indices(core.LENGTH, k=1)
+    for path, rows in computed:
+        if path[0].idx == 0:  # a parameter
+            continue
+        strength = np.abs(rows).reshape(core.LENGTH, core.LENGTH, -1).max(axis=2)
+        assert np.all(strength[future] == 0), path
+        present = np.diagonal(strength)
+        # A clipped residual hides its value and its sign, an unclipped one the
+        # threshold; with momentum 0 carried at first, its rate has no effect there.
+        sometimes = path[-1].name in ("values", "threshold", "momentum")
+        assert np.any(present > 0) if sometimes else np.all(present > 0), path
