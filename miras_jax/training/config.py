@@ -1,0 +1,103 @@
+"""What an experiment is: frozen dataclasses of real objects, in a Python file.
+
+An experiment file defines `experiment() -> Experiment`; its docstring says what to
+expect. Variations are `dataclasses.replace`, sweeps list comprehensions.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from miras_jax.core.types import Choice
+from miras_jax.errors import UserError
+from miras_jax.nn.model import Model
+from miras_jax.training.data import TextFiles
+
+
+@dataclass(frozen=True, repr=False)
+class Optimizer(Choice):
+    """AdamW: linear warm-up, cosine decay to a fraction of the peak, clipped gradients.
+
+    Weight decay acts on projections and the embedding only: not on norms, biases,
+    convolutions or what a memory starts from.
+    """
+
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, repr=False)
+class Guard(Choice):
+    """Against a NaN or a spike: the update is skipped, and after `limit` in a row the run
+    stops. A spike is a loss above `spike` times its running mean."""
+
+    spike: float = 2.0
+    limit: int = 10
+
+
+@dataclass(frozen=True, repr=False)
+class Mesh(Choice):
+    """Devices along the axes data, fsdp and model; -1 takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
+
+
+@dataclass(frozen=True, repr=False)
+class Experiment(Choice):
+    """All that a run depends on. Intervals are in steps; batch_size is in sequences."""
+
+    model: Model
+    data: TextFiles
+    steps: int
+    batch_size: int
+    optimizer: Optimizer = Optimizer()
+    seed: int = 0
+    evaluate_every: int = 100
+    evaluate_windows: int | None = None  # held-out windows per evaluation; None: all
+    checkpoint_every: int = 100
+    guard: Guard = Guard()
+    mesh: Mesh = Mesh()
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"Experiment.{name} must be at least 1; got {getattr(self, name)}"
+                )
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """`experiment()` of a Python file; UserError if the file is no such thing."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is no file; give the path of an experiment file")
+    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    if spec is None or path.suffix != ".py":
+        raise UserError(f"{path} is no Python file; an experiment is a .py file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        make = getattr(module, "experiment", None)
+        if not callable(make):
+            raise UserError(
+                f"{path} defines no function experiment(); see experiments/quickstart.py"
+            )
+        experiment = make()
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except Exception as error:
+        where = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} cannot be run as an experiment: {where}") from error
+    if not isinstance(experiment, Experiment):
+        raise UserError(
+            f"experiment() in {path} returned a {type(experiment).__name__}; it must "
+            "return a miras_jax.training.config.Experiment"
+        )
+    return experiment

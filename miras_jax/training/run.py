@@ -1,0 +1,241 @@
+"""A run: an experiment, its folder, and everything built from the two.
+
+WORKDIR/config.json     the experiment
+WORKDIR/data/           tokens and tokenizer
+WORKDIR/checkpoints/    states, with their checksums
+WORKDIR/metrics.csv     and evaluations.csv, tensorboard/, loss.png
+"""
+
+import dataclasses
+import json
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from miras_jax.errors import UserError
+from miras_jax.nn.functional import FunctionalModel
+from miras_jax.training import data, serial, sharding, step
+from miras_jax.training import tokenizer as tokenizers
+from miras_jax.training.checkpoint import Checkpoints, Restored
+from miras_jax.training.config import Experiment
+from miras_jax.training.step import TrainState
+from miras_jax.training.tokenizer import Tokenizer
+
+
+class Totals(NamedTuple):
+    """Held-out sums per position in the window, over all windows."""
+
+    losses: np.ndarray  # [L], nats
+    counts: np.ndarray  # [L], tokens
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return float(self.losses.sum() / self.counts.sum())
+
+
+class Run:
+    """Builds, lazily, what training, evaluation and generation need of one run."""
+
+    def __init__(self, experiment: Experiment, workdir: str | Path):
+        self.experiment = experiment
+        self.workdir = Path(workdir)
+
+    @classmethod
+    def open(cls, workdir: str | Path) -> "Run":
+        """The run that was trained in `workdir`; UserError if there is none."""
+        path = Path(workdir) / "config.json"
+        if not path.is_file():
+            raise UserError(
+                f"{workdir} holds no run (no config.json); train one there first: "
+                f"miras train FILE --workdir {workdir}"
+            )
+        try:
+            experiment = serial.from_json(json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        # Reading a run needs no particular mesh: use the devices that are here.
+        return cls(
+            dataclasses.replace(experiment, mesh=type(experiment.mesh)()), workdir
+        )
+
+    @cached_property
+    def prepared(self) -> data.Prepared:
+        return data.prepare(self.experiment.data, self.workdir / "data")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """As prepared with the data; a trained run has it without the texts."""
+        path = self.workdir / "data" / "tokenizer.json"
+        return tokenizers.load(path) if path.is_file() else self.prepared.tokenizer
+
+    @cached_property
+    def model(self) -> FunctionalModel:
+        return FunctionalModel(self.experiment.model, self.tokenizer.vocab_size)
+
+    @cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        return sharding.make_mesh(self.experiment.mesh)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return step.make_optimizer(self.experiment.optimizer, self.experiment.steps)
+
+    @cached_property
+    def batch_sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, sharding.BATCH)
+
+    @cached_property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P())
+
+    @cached_property
+    def parameter_shardings(self) -> dict[str, NamedSharding]:
+        return {
+            name: sharding.parameter_sharding(
+                self.mesh, name, self.model.axes[name], shape.shape
+            )
+            for name, shape in self.model.shapes.items()
+        }
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the train state."""
+        init = partial(step.init_state, self.model, self.optimizer)
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        everywhere = jax.tree.map(lambda _: self.replicated, shapes)
+        moments = optax.tree_map_params(
+            self.optimizer,
+            lambda _, split: split,
+            shapes.optimizer,
+            self.parameter_shardings,
+            transform_non_params=lambda _: self.replicated,
+        )
+        shardings = everywhere._replace(
+            parameters=self.parameter_shardings, optimizer=moments
+        )
+        return jax.tree.map(
+            lambda s, split: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=split),
+            shapes,
+            shardings,
+        )
+
+    @cached_property
+    def state_shardings(self) -> TrainState:
+        return jax.tree.map(lambda s: s.sharding, self.abstract_state)
+
+    def initial_state(self) -> TrainState:
+        """A fresh state, made in place on the mesh; the same on every mesh."""
+        init = partial(step.init_state, self.model, self.optimizer)
+        key = jax.random.key(self.experiment.seed)
+        return jax.jit(init, out_shardings=self.state_shardings)(key)
+
+    @property
+    def identity(self) -> dict:
+        """What a checkpoint must agree with to be of this model."""
+        return {
+            "model": serial.to_json(self.experiment.model),
+            "tokenizer": serial.to_json(self.experiment.data.tokenizer),
+        }
+
+    def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
+        return Checkpoints(self.workdir / "checkpoints", read_only=read_only)
+
+    def restore(self, which: str = "best") -> Restored:
+        """The best or last checkpoint; UserError if there is none."""
+        with self.checkpoints(read_only=True) as checkpoints:
+            restore = (
+                checkpoints.restore_best if which == "best" else checkpoints.restore
+            )
+            restored = restore(self.abstract_state, config=self.identity)
+            if restored is None and which == "best":
+                restored = checkpoints.restore(
+                    self.abstract_state, config=self.identity
+                )
+        if restored is None:
+            raise UserError(
+                f"{self.workdir} holds no checkpoint yet; let miras train run until it "
+                "has saved one"
+            )
+        return restored
+
+    def to_devices(self, rows: np.ndarray) -> jax.Array:
+        """This process's rows of a batch as a global array split over the mesh."""
+        shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
+        return jax.make_array_from_process_local_data(self.batch_sharding, rows, shape)
+
+    @cached_property
+    def flag_sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P(self.mesh.axis_names))
+
+    def stop_flags(self, requested: bool) -> jax.Array:
+        """`[devices]`: each process's own wish to stop, at its own devices.
+
+        Summed inside a jitted step, so that all processes learn of it at the same step.
+        """
+        local = np.full(jax.local_device_count(), requested, np.int32)
+        return jax.make_array_from_process_local_data(
+            self.flag_sharding, local, (jax.device_count(),)
+        )
+
+    @cached_property
+    def train_step(self):
+        """Jitted: (state, tokens, stop) -> (state, metrics); the state is donated."""
+        experiment = self.experiment
+        function = partial(
+            step.train_step,
+            self.model,
+            self.optimizer,
+            step.schedule(experiment.optimizer, experiment.steps),
+            experiment.guard,
+        )
+        return jax.jit(
+            function,
+            donate_argnums=0,
+            in_shardings=(
+                self.state_shardings,
+                self.batch_sharding,
+                self.flag_sharding,
+            ),
+            out_shardings=(self.state_shardings, self.replicated),
+        )
+
+    @cached_property
+    def evaluate_step(self):
+        batch = self.batch_sharding
+        return jax.jit(
+            partial(step.evaluate_step, self.model),
+            in_shardings=(self.parameter_shardings, batch, batch, self.flag_sharding),
+            out_shardings=self.replicated,
+        )
+
+    def evaluate(self, parameters, *, windows: int | None = None, stop=None) -> Totals:
+        """Held-out loss by position; `stop()` is asked before every batch.
+
+        Every token is predicted once, from at most `context_length` tokens before it.
+        Returns what was summed until then if asked to stop.
+        """
+        batches = data.heldout_batches(
+            self.prepared,
+            self.experiment.batch_size,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+            limit=windows,
+        )
+        losses = counts = np.zeros(self.prepared.context_length)
+        for tokens, weights in batches:
+            flags = self.stop_flags(bool(stop and stop()))
+            loss, count, stopped = self.evaluate_step(
+                parameters, self.to_devices(tokens), self.to_devices(weights), flags
+            )
+            losses = losses + np.asarray(loss, np.float64)
+            counts = counts + np.asarray(count, np.float64)
+            if stopped:
+                break
+        return Totals(losses, counts)

@@ -1,0 +1,54 @@
+"""Frozen dataclasses to JSON and back, so that a run remembers what it is.
+
+A dataclass becomes `{"is": "module.Name", field: value, ...}`, a function
+`{"is": "function", "name": "module.name"}`, a tuple a list. Reading imports the named
+modules, so configurations come from runs one trusts, like any Python file.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from typing import Any
+
+from miras_jax.errors import UserError
+
+
+def to_json(value: Any) -> Any:
+    """The JSON form of nested dataclasses, functions, tuples and plain values."""
+    if is_dataclass(value):
+        kind = type(value)
+        parts = {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
+        return {"is": f"{kind.__module__}.{kind.__qualname__}", **parts}
+    if isinstance(value, list | tuple):
+        return [to_json(v) for v in value]
+    if isinstance(value, Callable):
+        name = f"{value.__module__}.{value.__qualname__}"
+        if "<" in name:
+            raise UserError(
+                f"{name} cannot be stored with the run; define the function at the top "
+                "of a module instead"
+            )
+        return {"is": "function", "name": name}
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """Inverse of `to_json`. Lists come back as tuples."""
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    if value["is"] == "function":
+        return _find(value["name"])
+    parts = {name: from_json(v) for name, v in value.items() if name != "is"}
+    return _find(value["is"])(**parts)
+
+
+def _find(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"the run uses {name}, which cannot be imported here ({error})"
+        ) from error

@@ -1,0 +1,55 @@
+"""Logical axis names to mesh axes: the one place that decides how arrays are split.
+
+The mesh has three axes. Batches are split over data and fsdp; parameters and optimizer
+state over fsdp (the model width) and model (heads, hidden units, vocabulary). One device
+is the mesh 1 x 1 x 1.
+"""
+
+import math
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from miras_jax.errors import UserError
+from miras_jax.training.config import Mesh
+
+RULES = {
+    "embed": "fsdp",
+    "heads": "model",
+    "memory": "model",
+    "hidden": "model",
+    "vocab": "model",
+    None: None,
+}
+BATCH = P(("data", "fsdp"))
+
+
+def make_mesh(config: Mesh) -> jax.sharding.Mesh:
+    """The mesh over all devices; UserError if the sizes do not fit their number."""
+    sizes = [config.data, config.fsdp, config.model]
+    devices = jax.device_count()
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or devices % known or (-1 not in sizes and known != devices):
+        raise UserError(
+            f"{config} does not fit {devices} devices; their product must be {devices}, "
+            "with at most one -1"
+        )
+    sizes = [devices // known if size == -1 else size for size in sizes]
+    names = ("data", "fsdp", "model")
+    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3)
+
+
+def parameter_sharding(mesh, name: str, axes, shape) -> NamedSharding:
+    """Sharding of one parameter by the logical names of its last axes.
+
+    Leading axes without a name (the stacked layers) are not split.
+    """
+    names = [None] * (len(shape) - len(axes)) + [RULES[axis] for axis in axes]
+    for size, axis in zip(shape, names, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise UserError(
+                f"parameter {name} of shape {tuple(shape)} cannot be split in "
+                f"{mesh.shape[axis]} along mesh axis {axis}; use a smaller one"
+            )
+    return NamedSharding(mesh, P(*names))

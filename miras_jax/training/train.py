@@ -1,0 +1,232 @@
+"""The training loop, top to bottom: prepare, restore, step, evaluate, save.
+
+Metrics of a step are fetched after the next one was dispatched, so that the host never
+waits for the device. What decides the course of training (parameters, optimizer, position
+in the data) is in the checkpoint; a run that is killed and started again continues
+bit by bit as if it had not been.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from miras_jax.errors import UserError
+from miras_jax.training import data, plots, serial
+from miras_jax.training.config import Experiment
+from miras_jax.training.metrics import MetricsLog, Progress
+from miras_jax.training.run import Run
+from miras_jax.training.step import Metrics, TrainState
+
+
+class Result(NamedTuple):
+    """How training ended."""
+
+    step: int
+    finished: bool  # False: asked to stop before the last step
+    heldout_loss: float | None  # nats per token at the last evaluation
+
+
+class Diverged(UserError):
+    """The guard's limit was reached: updates kept being skipped."""
+
+
+def train(experiment: Experiment, workdir: str | Path) -> Result:
+    """Train in `workdir` until `experiment.steps`, continuing what is there.
+
+    SIGTERM and SIGINT end the run after the current step with a checkpoint and a normal
+    return. Raises UserError for what the user can mend, Diverged if the loss is beyond
+    repair; checkpoints from before are kept.
+    """
+    run = Run(experiment, workdir)
+    _claim(run)
+    prepared = run.prepared
+    batches = data.train_batches(
+        prepared,
+        batch_size=experiment.batch_size,
+        seed=experiment.seed,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
+    with (
+        contextlib.closing(batches),
+        run.checkpoints() as checkpoints,
+        _stop_on_signal() as stop,
+    ):
+        restored = checkpoints.restore(run.abstract_state, config=run.identity)
+        if restored is None:
+            start, state = 0, run.initial_state()
+        else:
+            start, state = restored.step, restored.state
+            batches.set_state(restored.data)
+        with _logging(run, start) as log:
+            return _loop(run, state, start, batches, checkpoints, log, stop)
+
+
+def _loop(
+    run: Run, state: TrainState, start, batches, checkpoints, log, stop
+) -> Result:
+    experiment = run.experiment
+    evaluated: tuple[int, float] | None = None
+    saved = start
+    pending: tuple[int, Metrics] | None = None
+    step = start
+
+    def evaluate() -> float | None:
+        totals = run.evaluate(
+            state.parameters, windows=experiment.evaluate_windows, stop=stop.is_set
+        )
+        if stop.is_set():
+            return None  # cut short, not comparable
+        log.evaluation(step, totals.loss)
+        return totals.loss
+
+    def save(loss: float | None) -> None:
+        checkpoints.save(
+            step, state, data=batches.get_state(), config=run.identity, loss=loss
+        )
+
+    while step < experiment.steps:
+        tokens = run.to_devices(next(batches))
+        state, metrics = run.train_step(state, tokens, run.stop_flags(stop.is_set()))
+        step += 1
+        if pending is not None:
+            log.step(*pending)
+        pending = (step, metrics)
+
+        last = step == experiment.steps
+        due_to_save = last or step % experiment.checkpoint_every == 0
+        due_to_evaluate = last or step % experiment.evaluate_every == 0
+        if due_to_save or due_to_evaluate:
+            # Only a checked state is saved, and its metrics come before its evaluation.
+            log.step(*pending)
+            pending = None
+            loss = evaluate() if due_to_evaluate else None
+            evaluated = (step, loss) if loss is not None else evaluated
+            if due_to_save:
+                save(loss)
+                saved = step
+        if metrics.stop if stop.is_set() or jax.process_count() > 1 else False:
+            break
+    if pending is not None:
+        log.step(*pending)
+    if saved != step:
+        save(None)
+    checkpoints.wait()
+    return Result(step, step == experiment.steps, evaluated and evaluated[1])
+
+
+class _Log:
+    """Progress and metrics files on process 0; the guard's limit on every process."""
+
+    def __init__(self, run: Run, start: int, metrics_log, progress):
+        self._run, self._files, self._progress = run, metrics_log, progress
+        self._skipped: int | None = None
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        values = {
+            name: value.item()
+            for name, value in zip(Metrics._fields, metrics, strict=True)
+        }
+        guard = self._run.experiment.guard
+        if values["skipped_in_row"] >= guard.limit:
+            raise Diverged(
+                f"training diverged: {guard.limit} updates in a row were skipped up to "
+                f"step {step} (loss {values['loss']:.4g}, gradient norm "
+                f"{values['gradient_norm']:.4g}); the last good checkpoint is kept. "
+                "Lower the learning rate or look at the data there"
+            )
+        if self._progress is None:
+            return
+        if values["skipped_in_row"]:
+            self._progress.note(
+                f"step {step}: loss {values['loss']:.4g}, gradient norm "
+                f"{values['gradient_norm']:.4g}: update skipped"
+            )
+        self._progress.update(step, values["loss"])
+        del values["stop"], values["skipped_in_row"]
+        values["tokens_per_second"] = self._progress.tokens_per_second
+        self._files.write(step, values)
+
+    def evaluation(self, step: int, loss: float) -> None:
+        if self._progress is None:
+            return
+        self._progress.note(f"step {step}: held-out loss {loss:.4f} nats per token")
+        self._files.write_evaluation(step, {"loss": loss})
+        plots.plot_losses(self._run.workdir, title=self._run.workdir.name)
+
+
+@contextlib.contextmanager
+def _logging(run: Run, start: int):
+    if jax.process_index() != 0:
+        yield _Log(run, start, None, None)
+        return
+    experiment = run.experiment
+    per_step = experiment.batch_size * run.prepared.context_length
+    with (
+        MetricsLog(run.workdir, start_step=start) as files,
+        contextlib.closing(
+            Progress(experiment.steps, start, tokens_per_step=per_step)
+        ) as progress,
+    ):
+        size = f"{run.model.size / 1e6:.2f} M parameters"
+        where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
+        begin = f"from step {start}" if start else "from the beginning"
+        progress.note(f"{size}, {where}, {begin}")
+        yield _Log(run, start, files, progress)
+
+
+def _claim(run: Run) -> None:
+    """Write config.json, or check that the run there is of the same model."""
+    try:
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        if not os.access(run.workdir, os.W_OK):
+            raise PermissionError("permission denied")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"workdir {run.workdir} cannot be written ({reason}); give another --workdir"
+        ) from error
+    if jax.process_index() != 0:
+        return
+    path = run.workdir / "config.json"
+    if path.is_file() and run.checkpoints(read_only=True).steps():
+        there = Run.open(run.workdir)
+        if there.identity != run.identity:
+            raise UserError(
+                f"{run.workdir} holds a run of another model or tokenizer; give another "
+                "--workdir, or continue it with its own experiment file"
+            )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(serial.to_json(run.experiment), indent=1))
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _stop_on_signal():
+    """An event that SIGTERM or SIGINT sets; the handlers are put back afterwards."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number, _):
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        name = signal.Signals(number).name
+        print(f"\n{name}: saving after the current step", file=sys.stderr)
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, ask) for number in signals}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
