@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from miras_jax.core.types import Side
+
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
-Side = Literal["in", "out"]
-"""The axis of a matrix `[in, out]` along which a channel-wise rate varies."""
 
 
 def make_dot(operand_dtype: jnp.dtype, accumulator_dtype: jnp.dtype) -> Dot:
@@ -57,11 +57,13 @@ class Carried(NamedTuple):
 
     kept: jax.Array  # [C, 1] or [C, channels]
     total: jax.Array  # the same at the end of the block: [1, 1] or [1, channels]
-    side: Side = "out"
+    side: Side | None  # None: one number per token
 
     def read(self, dot: Dot, x: jax.Array, start: jax.Array) -> jax.Array:
         """x_t^T K_t W for every t: `[C, in]` -> `[C, out]`."""
-        if self.side == "in":
+        # One number per token can multiply either side: the narrower costs less.
+        narrow = self.side is None and x.shape[1] < start.shape[1]
+        if self.side == "in" or narrow:
             return dot(x * self.kept, start)
         return dot(x, start) * self.kept
 
@@ -78,6 +80,9 @@ class Carried(NamedTuple):
 class Steps(Protocol):
     """How the block's own steps a_s d_s^T reach token t."""
 
+    def scaled(self, rate: jax.Array) -> "Steps":
+        """The same for steps rate_s a_s d_s^T, rate `[C, 1]`."""
+
     def scores(self, dot: Dot, x: jax.Array, a: jax.Array) -> jax.Array:
         """x_t^T D_ts a_s, zero for s that t does not see: `[C, C]`."""
 
@@ -93,6 +98,9 @@ class TokenSteps(NamedTuple):
 
     mix: jax.Array  # D_ts [C, C]
     to_end: jax.Array  # D_Cs [C, 1]
+
+    def scaled(self, rate):
+        return TokenSteps(self.mix * rate.T, self.to_end * rate)
 
     def scores(self, dot, x, a):
         return dot(x, a.T) * self.mix
@@ -117,6 +125,17 @@ class ChannelSteps(NamedTuple):
     log_keep: jax.Array  # [C, channels]
     side: Side
     when: When
+    rate: jax.Array | None = None  # [C, 1]
+
+    def scaled(self, rate):
+        return self._replace(rate=rate)
+
+    def _narrow(self, a, d):
+        """The factors of the steps, the rate multiplied into the narrower one."""
+        if self.rate is None:
+            return a, d
+        narrow = a.shape[1] < d.shape[1]
+        return (a * self.rate, d) if narrow else (a, d * self.rate)
 
     def _levels(self):
         """(mask of pairs [C, C], factor of each token [C, channels]) per piece size."""
@@ -143,6 +162,7 @@ class ChannelSteps(NamedTuple):
         return seen * jnp.sum(x * a, axis=1, keepdims=True)
 
     def scores(self, dot, x, a):
+        a = a if self.rate is None else a * self.rate
         total = jnp.asarray(np.eye(x.shape[0]), x.dtype) * self._own(x, a)
         for pairs, factor in self._levels():
             total = total + pairs * dot(x * factor, (a * factor).T)
@@ -151,6 +171,7 @@ class ChannelSteps(NamedTuple):
     def read(self, dot, x, a, d):
         if self.side == "in":
             return dot(self.scores(dot, x, a), d)
+        a, d = self._narrow(a, d)
         products = dot(x, a.T)
         total = self._own(x, a) * d
         for pairs, factor in self._levels():
@@ -160,6 +181,7 @@ class ChannelSteps(NamedTuple):
     def end(self, dot, a, d):
         later = np.tri(self.log_keep.shape[0], k=-1).T
         to_end = jnp.exp(prefix_sum(later, self.log_keep))
+        a, d = self._narrow(a, d)
         if self.side == "in":
             return dot((to_end * a).T, d)
         return dot(a.T, to_end * d)
@@ -171,6 +193,10 @@ class DenseSteps(NamedTuple):
     mix: jax.Array  # D_ts [C, C, channels]
     to_end: jax.Array  # [C, channels]
     side: Side
+
+    def scaled(self, rate):
+        mix = self.mix * rate.T[:, :, None]
+        return DenseSteps(mix, self.to_end * rate, self.side)
 
     def scores(self, dot, x, a):
         return jnp.einsum("ti,si,tsi->ts", x, a, self.mix)
@@ -194,8 +220,13 @@ class Flow(NamedTuple):
     momentum_in_dual: Carried | None = None  # m_0 as part of A_t
     momentum: tuple[Carried, TokenSteps] | None = None  # m_C from m_0 and the steps
 
+    def scaled(self, rate: jax.Array) -> "Flow":
+        """The same for steps rate_s a_s d_s^T, rate `[C, 1]`."""
+        momentum = self.momentum and (self.momentum[0], self.momentum[1].scaled(rate))
+        return self._replace(steps=self.steps.scaled(rate), momentum=momentum)
 
-def decay_flow(log_keep: jax.Array, side: Side, when: When = "after") -> Flow:
+
+def decay_flow(log_keep: jax.Array, side: Side | None, when: When = "after") -> Flow:
     """A_s = keep_s A_{s-1} + step_s with keep given as logarithms `[C, 1 or channels]`."""
     size = log_keep.shape[0]
     seen = prefix_sum(np.tri(size, k=-1 if when == "before" else 0), log_keep)
@@ -219,7 +250,7 @@ def _decay(log_decay: jax.Array, causal: np.ndarray) -> jax.Array:
 def momentum_flow(
     log_keep: jax.Array,
     log_momentum: jax.Array,
-    side: Side,
+    side: Side | None,
     when: When = "after",
     written: jax.Array | None = None,
 ) -> Flow:
@@ -230,7 +261,7 @@ def momentum_flow(
     """
     decay = decay_flow(log_keep, side, when)
     steps = decay.steps
-    own = decay_flow(log_momentum, "out")
+    own = decay_flow(log_momentum, None)
     through = own.start.kept
     if isinstance(steps, TokenSteps):
         if written is not None:

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from miras_jax.core.block import block, parallel_tokens
 from miras_jax.core.rule import Rule
 from miras_jax.core.types import Params, Rates, State, Tokens
 
@@ -68,7 +69,7 @@ def _run_definition(rule, params, state, tokens):
 
 def _run_blocks(rule, params, state, tokens):
     length = len(tokens.keys)
-    size = rule.parallel_tokens(tokens.rates, LINEAR_TILE)
+    size = parallel_tokens(rule, tokens.rates, LINEAR_TILE)
     position = state.position if rule.has_anchor else 0
     if not isinstance(position, int):
         return _run_from_traced_position(rule, params, state, tokens)
@@ -80,8 +81,8 @@ def _run_blocks(rule, params, state, tokens):
     middle = head + whole * size
     outputs = []
     if head:
-        block = _take(tokens, 0, head)
-        output, state = rule.block(params, state, block, aligned=False)
+        part = _take(tokens, 0, head)
+        output, state = block(rule, params, state, part, aligned=False)
         state = rule.close(state, state.position == rule.chunk_size)
         outputs.append(output)
     if whole:
@@ -91,8 +92,8 @@ def _run_blocks(rule, params, state, tokens):
         output, state = _scan_blocks(rule, params, state, blocks)
         outputs.append(output)
     if middle < length:
-        block = _take(tokens, middle, length)
-        output, state = rule.block(params, state, block, aligned=True)
+        part = _take(tokens, middle, length)
+        output, state = block(rule, params, state, part, aligned=True)
         outputs.append(output)
     return jnp.concatenate(outputs), state
 
@@ -103,7 +104,7 @@ def _scan_blocks(rule, params, state, blocks):
     def body(carry, tokens):
         dual, momentum = carry
         state = rule.open_chunk(dual, momentum)
-        outputs, state = rule.block(params, state, tokens, aligned=True)
+        outputs, state = block(rule, params, state, tokens, aligned=True)
         return (state.dual, state.momentum), outputs
 
     carry = (state.dual, state.momentum)
@@ -140,7 +141,9 @@ def _run_from_traced_position(rule, params, state, tokens):
 
     def body(state, xs):
         tokens, written, ends = xs
-        outputs, state = rule.block(params, state, tokens, False, written)
+        outputs, state = block(
+            rule, params, state, tokens, aligned=False, written=written
+        )
         return rule.close(state, ends)._replace(position=0), outputs
 
     xs = jax.tree.map(lambda x: x.reshape(blocks, size, *x.shape[1:]), (moved, written))

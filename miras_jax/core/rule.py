@@ -1,9 +1,8 @@
 """Rule: the only place where the four axes meet.
 
-A rule is a sequence layer of one head. `step` is its definition, token by token; `block`
-computes the same for many tokens with matrix products, and is the pure function that the
-engine scans over a sequence. Both follow the five points of one chunk (Miras, section
-5.4, in the reading explained in the README):
+A rule is a sequence layer of one head. `Rule.step` is its definition, token by token;
+`block.py` computes the same for many tokens in matrix products. Both follow the five
+points of one chunk (Miras, section 5.4):
 
 1. g_s = gradient of the bias at (W_c; k_s, v_s), W_c the weights at the chunk's start.
 2. u_s = -learn_s g_s, turned into the inner step by the algorithm.
@@ -14,29 +13,24 @@ engine scans over a sequence. Both follow the five points of one chunk (Miras, s
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from miras_jax.core import causal
 from miras_jax.core.algorithm import Algorithm, GradientDescent
-from miras_jax.core.bias import L2, Bias, DotProduct
+from miras_jax.core.bias import L2, Bias
 from miras_jax.core.memory import Memory
 from miras_jax.core.retention import Decay, Retention
 from miras_jax.core.types import (
     Choice,
     Params,
-    Rates,
+    Side,
     State,
     Tokens,
     Weights,
     state_dtype,
 )
-
-EXACT_READOUT_TOKENS = 8
-"""Tokens whose own weights are materialised at once by the exact readout."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,7 +98,7 @@ class Rule(Choice):
         separate = self.has_anchor and not self.retention.is_identity
         kept = tuple(
             jnp.ones((w.shape[0], 1) if side == "in" else (1, w.shape[1]), w.dtype)
-            for w, side in zip(dual, self._sides(len(dual)), strict=True)
+            for w, side in zip(dual, self.sides(len(dual)), strict=True)
         )
         return State(
             dual=dual,
@@ -145,14 +139,15 @@ class Rule(Choice):
                 f"number per token; got a channel-wise one of shape {rates.keep.shape}."
             )
 
-    def _sides(self, matrices: int) -> tuple[causal.Side | None, ...]:
+    def sides(self, matrices: int) -> tuple[Side | None, ...]:
         """The axis along which a channel-wise keep acts on each matrix, None: none."""
         if matrices == 1:
             return ("in" if self.retention.axis == "key" else "out",)
         return ("in", *[None] * (matrices - 2), "out")
 
-    def _learn_sides(self, matrices: int) -> tuple[causal.Side | None, ...]:
-        return ("out",) if matrices == 1 else self._sides(matrices)
+    def learn_sides(self, matrices: int) -> tuple[Side | None, ...]:
+        """The same for a channel-wise learn."""
+        return ("out",) if matrices == 1 else self.sides(matrices)
 
     # One token: the definition.
 
@@ -163,9 +158,9 @@ class Rule(Choice):
         anchor_dual = state.anchor if self.has_anchor else state.dual
         anchor = tuple(self.retention.weights(a) for a in anchor_dual)
         keep = self._spread(
-            rates.keep, self._sides(len(anchor)), bool(self.retention.rates)
+            rates.keep, self.sides(len(anchor)), bool(self.retention.rates)
         )
-        learn = self._spread(rates.learn, self._learn_sides(len(anchor)), True)
+        learn = self._spread(rates.learn, self.learn_sides(len(anchor)), True)
         if self.algorithm.at == "retained":
             anchor = tuple(k * w for k, w in zip(keep, anchor, strict=True))
 
@@ -185,7 +180,7 @@ class Rule(Choice):
             momentum += [] if carried is None else [carried]
         dual, momentum = tuple(dual), tuple(momentum)
         kept = tuple(k * f for k, f in zip(state.kept, keep, strict=False))
-        position = self._moved(state, 1)
+        position = self.moved(state, 1)
         state = State(dual, state.anchor, kept, momentum, position)
         output = self._read(params, self.weights(state), token.queries)
         return output, self.close(state, state.position == self.chunk_size)
@@ -204,7 +199,7 @@ class Rule(Choice):
         views = {"in": rate[:, None], "out": rate[None, :], None: jnp.mean(rate)}
         return tuple(views[side] for side in sides)
 
-    def _moved(self, state: State, tokens: int) -> int | jax.Array:
+    def moved(self, state: State, tokens: int) -> int | jax.Array:
         """Position inside the chunk after so many tokens; without anchor none counts."""
         return state.position + tokens if self.has_anchor else state.position
 
@@ -227,236 +222,3 @@ class Rule(Choice):
             kept=close(ones, state.kept),
             position=position,
         )
-
-    # A block of tokens: the same in matrix products.
-
-    @property
-    def solves(self) -> bool:
-        """Whether gradients inside a block depend on each other linearly (delta rule)."""
-        return self.chunk_size == 1 and self.memory.is_linear and self.bias == L2()
-
-    def parallel_tokens(self, rates: Rates, tile: int) -> int:
-        """How many tokens `block` can take at once without changing the result.
-
-        A chunk, as gradients inside it do not depend on each other. Exact linear rules
-        (chunk_size=1, plain matrix, linear retention) have no such limit and take `tile`:
-        the dot-product bias has gradients without the memory, those of L2 are the
-        solution of a triangular system, one for all value channels, so rates may not
-        differ between these.
-        """
-        if self.chunk_size > 1:
-            return self.chunk_size
-        if not (self.memory.is_linear and self.retention.is_identity):
-            return 1
-        if self.bias == DotProduct():
-            return tile
-        by_value = rates.learn is not None and rates.learn.ndim == 2
-        if rates.keep is not None and rates.keep.ndim == 2:
-            by_value |= self.retention.axis == "value"
-        return tile if self.solves and not by_value else 1
-
-    def block(
-        self,
-        params: Params,
-        state: State,
-        tokens: Tokens,
-        aligned: bool,
-        written: jax.Array | None = None,
-    ) -> tuple[jax.Array, State]:
-        """Write and read C tokens of one chunk (or any C of an exact linear rule).
-
-        aligned: whether the block starts a chunk, so that anchor and kept of the state
-        need not be looked at. written `[C, 1]`: 0 for tokens that must leave no trace
-        (they come with learn=0, keep=1, momentum=1). The chunk is left open: the engine
-        closes it where it ends. Returns `(outputs [C, V], state)`.
-        """
-        dtype = state_dtype(*state.dual)
-        dot = causal.make_dot(tokens.keys.dtype, dtype)
-        queries, keys, values, rates = jax.tree.map(lambda x: x.astype(dtype), tokens)
-        rates = Rates(*(_column(r) for r in rates))
-        flow = partial(self._flows, rates, len(state.dual), keys, written)
-        flows = flow("after")
-
-        anchor_dual = state.dual if aligned else state.anchor
-        anchor = tuple(self.retention.weights(a) for a in anchor_dual)
-        if self.solves and len(keys) > 1:
-            inputs, cotangents = self._solve(dot, flow, state, keys, values, rates)
-        else:
-            starts = flow("between") if self.algorithm.at == "retained" else None
-            inputs, cotangents = self._factors(
-                dot, params, anchor, keys, values, rates, starts
-            )
-        learn = self._blockwise(rates.learn, self._learn_sides(len(inputs)), keys)
-        for i, (side, rate) in enumerate(learn):
-            if side == "in":
-                inputs[i] = rate * inputs[i]
-            else:
-                cotangents[i] = rate * cotangents[i]
-
-        after = self._advance(dot, flows, state, inputs, cotangents)
-        if self.reads_exactly:
-            outputs = self._read_exactly(
-                params, state, queries, rates, inputs, cotangents, written
-            )
-        else:
-            base = anchor if aligned else self.weights(state)
-            outputs = self._read_linearly(
-                dot, params, flows, anchor_dual, base, state.momentum, queries,
-                inputs, cotangents,
-            )  # fmt: skip
-        return outputs, after
-
-    def _blockwise(self, rate, sides, keys):
-        """(side, rate [C, 1 or channels]) for each matrix; side None: one per token."""
-        if rate is None:
-            rate = jnp.ones((len(keys), 1), keys.dtype)
-        if rate.shape[1] == 1:
-            return [(None, rate)] * len(sides)
-        mean = jnp.mean(rate, axis=1, keepdims=True)
-        return [(side, rate if side else mean) for side in sides]
-
-    def _flows(self, rates, matrices, keys, written, when):
-        keep = rates.keep if self.retention.rates else None
-        flows = {}
-        for side, rate in self._blockwise(keep, self._sides(matrices), keys):
-            if side not in flows:  # one per token: shared by the matrices
-                log_keep = causal.safe_log(rate)
-                flows[side] = self.algorithm.flow(
-                    log_keep, rates.momentum, side or "out", when, written
-                )
-        sides = [s for s, _ in self._blockwise(keep, self._sides(matrices), keys)]
-        return [flows[side] for side in sides]
-
-    def _factors(self, dot, params, weights, keys, values, rates, starts):
-        """a_s, d_s of every matrix: dl/dW = a_s d_s^T at the given weights (point 1).
-
-        a is the input of each product; d, the gradient at its output, is that with
-        respect to a zero added there.
-        """
-        inputs = [None] * len(weights)
-
-        def write(slack):
-            def product(i, x):
-                inputs[i] = x
-                if starts is None:
-                    return dot(x, weights[i]) + slack[i]
-                return starts[i].start.read(dot, x, weights[i]) + slack[i]
-
-            return self.memory.read(product, params, keys), tuple(inputs)
-
-        slack = [jnp.zeros((len(keys), w.shape[1]), keys.dtype) for w in weights]
-        predictions, pull_back, inputs = jax.vjp(write, slack, has_aux=True)
-        cotangent = self.bias.cotangent(predictions, values, rates.threshold)
-        (cotangents,) = pull_back(cotangent)
-        return list(inputs), list(cotangents)
-
-    def _solve(self, dot, flow, state, keys, values, rates):
-        """a_s, d_s of the delta rule, whose residuals depend on the earlier ones.
-
-        r_s = W_{s-1}^T k_s - v_s and W_{s-1} holds -learn_j k_j r_j^T for j < s:
-        (I + N) r = W_0's predictions - v, N_sj = k_s^T D_{s-1,j} k_j learn_j, the WY
-        form of the delta rule (arXiv 2406.06484, section 3.2).
-        """
-        when = "between" if self.algorithm.at == "retained" else "before"
-        (before,) = flow(when)
-        (start,) = state.dual
-        prediction = before.start.read(dot, keys, start)
-        if before.momentum_in_dual is not None:
-            (momentum,) = state.momentum
-            prediction = prediction + before.momentum_in_dual.read(dot, keys, momentum)
-        matrix = before.steps.scores(dot, keys, keys)
-        if rates.learn is not None:
-            matrix = matrix * rates.learn.T
-        inverse = causal.unit_lower_inverse(matrix, dot)
-        return [keys], [dot(inverse, prediction - values)]
-
-    def _advance(self, dot, flows, state, inputs, cotangents) -> State:
-        """Points 2 and 3 for the whole block."""
-        dual, momentum, kept = [], [], []
-        for i, (flow, a, d) in enumerate(zip(flows, inputs, cotangents, strict=True)):
-            total = flow.start.end(state.dual[i]) - flow.steps.end(dot, a, d)
-            if flow.momentum is not None:
-                m = state.momentum[i]
-                total = total + flow.momentum_in_dual.end(m)
-                carried, steps = flow.momentum
-                momentum.append(carried.end(m) - steps.end(dot, a, d))
-            dual.append(total)
-            if state.kept:
-                kept.append(flow.start.factor * state.kept[i])
-        position = self._moved(state, len(inputs[0]))
-        return State(tuple(dual), state.anchor, tuple(kept), tuple(momentum), position)
-
-    def _read_linearly(
-        self, dot, params, flows, anchor_dual, base, momentum, queries, inputs,
-        cotangents,
-    ):  # fmt: skip
-        """Point 4, linear: x W_t = K_t (x B) - scale ((x a^T) * D) (learn d)."""
-
-        def product(i, x):
-            flow = flows[i]
-            own = -flow.steps.read(dot, x, inputs[i], cotangents[i])
-            if flow.momentum_in_dual is not None:
-                own = own + flow.momentum_in_dual.read(dot, x, momentum[i])
-            if not self.retention.is_identity:
-                own = self.retention.scale(anchor_dual[i]) * own
-            return flow.start.read(dot, x, base[i]) + own
-
-        return self.memory.read(product, params, queries)
-
-    def _read_exactly(self, params, state, queries, rates, inputs, cotangents, written):
-        """Point 4, exact: W_t = weights(A_t), for a few tokens at a time."""
-        size = len(queries)
-        group = min(EXACT_READOUT_TOKENS, size)
-        padding = -size % group
-        matrices = len(state.dual)
-        ones = jnp.ones((size, 1), queries.dtype)
-        keep = self._blockwise(
-            rates.keep if self.retention.rates else None,
-            self._sides(matrices),
-            queries,
-        )
-        momentum = ones if rates.momentum is None else rates.momentum
-        written = ones if written is None else written
-
-        def grouped(x):
-            x = jnp.pad(x, ((0, padding), (0, 0)))
-            return x.reshape(-1, group, x.shape[1])
-
-        def gate(rate, side):
-            return rate[:, :, None] if side == "in" else rate[:, None, :]
-
-        def read_group(carry, tokens):
-            dual, running = carry
-            queries, keeps, momentum, written, inputs, cotangents = tokens
-            duals, runnings = [], []
-            for i in range(matrices):
-                step = -inputs[i][:, :, None] * cotangents[i][:, None, :]
-                if running:
-                    step = causal.affine_scan(momentum[:, None], step, running[i])
-                    runnings.append(step)
-                keep_i = gate(keeps[i], keep[i][0])
-                duals.append(
-                    causal.affine_scan(keep_i, written[:, None] * step, dual[i])
-                )
-            weights = [jax.vmap(self.retention.weights)(a) for a in duals]
-            outputs = self.memory.read(
-                lambda i, x: jnp.einsum("...i,...io->...o", x, weights[i]),
-                params,
-                queries,
-            )
-            return (last(duals), last(runnings)), outputs
-
-        def last(stacked):
-            return tuple(x[-1] for x in stacked)
-
-        columns = (queries, [k for _, k in keep], momentum, written, inputs, cotangents)
-        _, outputs = jax.lax.scan(
-            jax.checkpoint(read_group),
-            (state.dual, state.momentum),
-            jax.tree.map(grouped, columns),
-        )
-        return outputs.reshape(-1, outputs.shape[-1])[:size]
-
-
-def _column(rate: jax.Array | None) -> jax.Array | None:
-    return rate[:, None] if rate is not None and rate.ndim == 1 else rate

@@ -10,10 +10,13 @@ heads and batch.
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+Side = Literal["in", "out"]
+"""The axis of a matrix `[in, out]` along which a channel-wise rate varies."""
 
 Weights = tuple[jax.Array, ...]
 """Matrices `[in, out]` of a memory, in the order in which they are applied."""
