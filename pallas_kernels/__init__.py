@@ -1,0 +1,1 @@
+"""Fused scans of pure chunk steps; knows nothing of Miras."""

@@ -1,8 +1,8 @@
 """Learning algorithms: how the inner step is taken from the inner gradient.
 
-An algorithm turns u_s = -learn_s g_s into the step that enters the dual recurrence. It is
-written twice, in the same few symbols: token by token (`step`, the definition) and for a
-block of tokens (`flow`, as coefficients of the linear recurrences).
+An algorithm turns u_s = -learn_s g_s into the step that enters the dual recurrence. It
+is written twice, in the same few symbols: token by token (`step`, the definition) and
+for a block of tokens (`flow`, as coefficients of the linear recurrences).
 """
 
 from dataclasses import dataclass
@@ -46,8 +46,8 @@ class GradientDescent(Choice):
     """step_s = u_s (Miras, eq. 5).
 
     The gradient is taken at the weights before this token's decay (Miras, Titans) or,
-    with at="retained", at the decayed ones, keep_s W_{s-1} (Gated DeltaNet, Mamba-2; see
-    footnote 2 of Miras on the difference).
+    with at="retained", at the decayed ones, keep_s W_{s-1} (Gated DeltaNet, Mamba-2;
+    see footnote 2 of Miras on the difference).
     """
 
     at: At = "previous"

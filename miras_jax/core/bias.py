@@ -1,8 +1,9 @@
 """Attentional biases: the inner loss, by its value and its cotangent at the prediction.
 
-`r = M(k) - v` is the residual. The engine only needs `cotangent`, d loss / d prediction,
-because the gradient with respect to the weights is that vector pulled back through the
-memory. `threshold` is `rates.threshold`, broadcastable to the prediction, or None.
+`r = M(k) - v` is the residual. The engine only needs `cotangent`, d loss / d
+prediction, because the gradient with respect to the weights is that vector pulled back
+through the memory. `threshold` is `rates.threshold`, broadcastable to the prediction,
+or None.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """A block of tokens through a rule, in matrix products.
 
-`block` is the pure function that the engine scans over a sequence: what `Rule.step` does
-token by token, for all tokens of a chunk at once. Per token only the factors a_s, d_s of
-the gradient a_s d_s^T exist, never its product: reading token t costs
-K_t (x W_c) - ((x a^T) * D) (learn d), with the causal decay matrix D.
+`block` is the pure function that the engine scans over a sequence: what `Rule.step`
+does token by token, for all tokens of a chunk at once. Per token only the factors a_s,
+d_s of the gradient a_s d_s^T exist, never its product: reading token t costs K_t (x
+W_c) - ((x a^T) * D) (learn d), with the causal decay matrix D.
 """
 
 from functools import partial
@@ -31,8 +31,8 @@ def parallel_tokens(rule: Rule, rates: Rates, tile: int) -> int:
     A chunk, as gradients inside it do not depend on each other. Exact linear rules
     (chunk_size=1, plain matrix, linear retention) have no such limit and take `tile`:
     the dot-product bias has gradients without the memory; those of L2 are the solution
-    of one triangular system for all value channels, so that rates may not differ between
-    these.
+    of one triangular system for all value channels, so that rates may not differ
+    between these.
     """
     if rule.chunk_size > 1:
         return rule.chunk_size
@@ -59,8 +59,8 @@ def block(
 
     aligned: whether the block starts a chunk, so that anchor and kept of the state need
     not be looked at. written `[C, 1]`: 0 for tokens that must leave no trace (they come
-    with learn=0, keep=1, momentum=1). The chunk is left open: the engine closes it where
-    it ends. Returns `(outputs [C, V], state)`.
+    with learn=0, keep=1, momentum=1). The chunk is left open: the engine closes it
+    where it ends. Returns `(outputs [C, V], state)`.
     """
     dtype = state_dtype(*state.dual)
     dot = causal.make_dot(tokens.keys.dtype, dtype)
@@ -164,9 +164,9 @@ def _factors(dot, rule, params, weights, keys, values, rates, starts):
 def _solve(dot, rule, flow, state, keys, values, rates):
     """a_s, d_s of the delta rule, whose residuals depend on the earlier ones.
 
-    r_s = W_{s-1}^T k_s - v_s and W_{s-1} holds -learn_j k_j r_j^T for j < s:
-    (I + N) r = W_0's predictions - v, N_sj = k_s^T D_{s-1,j} k_j learn_j, the WY form of
-    the delta rule (arXiv 2406.06484, section 3.2).
+    r_s = W_{s-1}^T k_s - v_s and W_{s-1} holds -learn_j k_j r_j^T for j < s: (I + N) r
+    = W_0's predictions - v, N_sj = k_s^T D_{s-1,j} k_j learn_j, the WY form of the
+    delta rule (arXiv 2406.06484, section 3.2).
     """
     (before,) = flow("between" if rule.algorithm.at == "retained" else "before")
     if rates.learn is not None:

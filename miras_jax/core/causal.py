@@ -1,7 +1,7 @@
-"""Linear algebra inside a block of C tokens: who still counts for whom, and by how much.
+"""Linear algebra inside a block of C tokens: who counts for whom, and by how much.
 
-A gate multiplies a matrix by keep_t at every token. Inside a block the matrix that token
-t reads is then
+A gate multiplies a matrix by keep_t at every token. Inside a block the matrix that
+token t reads is then
 
     W_t = K_t W_0 + sum_{s <= t} D_ts step_s,    K_t = prod_{j <= t} keep_j,
                                                  D_ts = prod_{s < j <= t} keep_j.
@@ -115,10 +115,10 @@ class TokenSteps(NamedTuple):
 class ChannelSteps(NamedTuple):
     """D with one keep per token and channel, by halving the block.
 
-    For a pair t, s in the two halves of a piece whose second half begins at m,
-    D_ts = (prod_{m <= j <= t} keep_j) (prod_{s < j < m} keep_j): both factors are at
-    most 1 and can be multiplied into x_t and a_s. So each of the log2(C) sizes of pieces
-    costs one matrix product, and the pairs of all sizes together are the whole triangle.
+    For a pair t, s in the two halves of a piece whose second half begins at m, D_ts =
+    (prod_{m <= j <= t} keep_j) (prod_{s < j < m} keep_j): both factors are at most 1
+    and can be multiplied into x_t and a_s. So each of the log2(C) sizes of pieces costs
+    one matrix product, and the pairs of all sizes together are the whole triangle.
     Exact for any keep in (0, 1], with no exponential of a positive sum.
     """
 
@@ -227,7 +227,7 @@ class Flow(NamedTuple):
 
 
 def decay_flow(log_keep: jax.Array, side: Side | None, when: When = "after") -> Flow:
-    """A_s = keep_s A_{s-1} + step_s with keep given as logarithms `[C, 1 or channels]`."""
+    """A_s = keep_s A_{s-1} + step_s, keep as logarithms `[C, 1 or channels]`."""
     size = log_keep.shape[0]
     seen = prefix_sum(np.tri(size, k=-1 if when == "before" else 0), log_keep)
     total = jnp.exp(jnp.sum(log_keep, axis=0, keepdims=True))

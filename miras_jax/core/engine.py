@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from miras_jax.core.block import block, parallel_tokens
 from miras_jax.core.rule import Rule
 from miras_jax.core.types import Params, Rates, State, Tokens
+from pallas_kernels.fused_scan import fused_scan
 
 Implementation = Literal["definition", "xla"]
 
@@ -101,14 +102,13 @@ def _run_blocks(rule, params, state, tokens):
 def _scan_blocks(rule, params, state, blocks):
     """Whole chunks, from a chunk's start: the carry is only dual and momentum."""
 
-    def body(carry, tokens):
-        dual, momentum = carry
-        state = rule.open_chunk(dual, momentum)
+    def step(carry, tokens, params):
+        state = rule.open_chunk(*carry)
         outputs, state = block(rule, params, state, tokens, aligned=True)
         return (state.dual, state.momentum), outputs
 
     carry = (state.dual, state.momentum)
-    carry, outputs = jax.lax.scan(jax.checkpoint(body), carry, blocks)
+    carry, outputs = fused_scan(step, carry, blocks, params)
     return outputs.reshape(-1, outputs.shape[-1]), rule.open_chunk(*carry)
 
 
@@ -139,7 +139,7 @@ def _run_from_traced_position(rule, params, state, tokens):
     written = shifted(jnp.ones((length, 1), state.dual[0].dtype), 0)
     ends = (jnp.arange(blocks) + 1) * size <= position + length
 
-    def body(state, xs):
+    def step(state, xs, params):
         tokens, written, ends = xs
         outputs, state = block(
             rule, params, state, tokens, aligned=False, written=written
@@ -147,9 +147,8 @@ def _run_from_traced_position(rule, params, state, tokens):
         return rule.close(state, ends)._replace(position=0), outputs
 
     xs = jax.tree.map(lambda x: x.reshape(blocks, size, *x.shape[1:]), (moved, written))
-    state, outputs = jax.lax.scan(
-        jax.checkpoint(body), state._replace(position=0), (*xs, ends)
-    )
+    state = state._replace(position=0)
+    state, outputs = fused_scan(step, state, (*xs, ends), params)
     outputs = jnp.roll(outputs.reshape(blocks * size, -1), -position, axis=0)[:length]
     return outputs, state._replace(position=(position + length) % size)
 

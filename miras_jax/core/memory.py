@@ -1,9 +1,9 @@
 """Memory architectures: what is learned while reading.
 
 A memory is a function of its matrix products, `read(product, params, x)`, where
-`product(i, x)` stands for `x @ W[i]`. The engine passes a plain product to read, one with
-an added zero to obtain the per-token factors of the gradient, and one that also sums the
-chunk's own writes to read every token at its own weights.
+`product(i, x)` stands for `x @ W[i]`. The engine passes a plain product to read, one
+with an added zero to obtain the per-token factors of the gradient, and one that also
+sums the chunk's own writes to read every token at its own weights.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Memory(Protocol):
     """What a rule needs of a memory; any frozen dataclass with these will do."""
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
-        """`[in, out]` of every matrix, first applied first; ValueError if impossible."""
+        """`[in, out]` of each matrix, first applied first; ValueError if impossible."""
 
     def init(self, key: jax.Array, key_dim: int, value_dim: int) -> Params: ...
 
@@ -41,7 +41,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def layer_norm(x: jax.Array, params: Params) -> jax.Array:
-    """LayerNorm over the last axis, eps 1e-6, scale and bias learned by the outer loop."""
+    """LayerNorm over the last axis, eps 1e-6, with outer-learned scale and bias."""
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
     scale, bias = (jnp.expand_dims(p, range(x.ndim - 1)) for p in params[1:])
@@ -96,7 +96,7 @@ class Linear(Choice):
 
 @dataclass(frozen=True, repr=False)
 class MLP(Choice):
-    """M(x) = x + LN(W_n ... f(x W_1)) (Miras, section 5.3), f = GELU, width expansion x K.
+    """M(x) = x + LN(W_n ... f(x W_1)) (Miras, section 5.3), f = GELU, F = expansion K.
 
     W_1 starts with unit variance and the others with variance 1 / inputs: keys and
     queries have norm one, so this gives every pre-activation unit variance. A fan-in

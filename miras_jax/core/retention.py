@@ -147,13 +147,14 @@ def _power(x: jax.Array, exponent: float) -> jax.Array:
 
 @dataclass(frozen=True, repr=False)
 class KL(Choice):
-    """Weights on a scaled simplex: W = mass softmax(A) along `axis` (Miras, eq. 21, 27).
+    """Weights on a scaled simplex: W = mass softmax(A) along `axis` (Miras, eq. 27).
 
     The dual is the logarithm of the weights up to one constant per slice, which the
-    softmax removes; so Memora's W_s = softmax(keep_s log W_{s-1} + step_s) is exactly the
-    linear recurrence A_s = keep_s A_{s-1} + step_s, with no lag token, as long as keep is
-    constant inside a slice: it must be one number per token. `params.weights` are logits.
-    `axis` is 0 (each output unit takes a weighted mean of its inputs), 1 or -1.
+    softmax removes; so Memora's W_s = softmax(keep_s log W_{s-1} + step_s) is exactly
+    the linear recurrence A_s = keep_s A_{s-1} + step_s, with no lag token, as long as
+    keep is constant inside a slice: it must be one number per token. `params.weights`
+    are logits. `axis` is 0 (each output unit takes a weighted mean of its inputs), 1 or
+    -1.
     """
 
     mass: float = 1.0
@@ -166,7 +167,8 @@ class KL(Choice):
     def __post_init__(self):
         if self.axis not in (0, 1, -1):
             raise ValueError(
-                f"retention.KL(axis=...) is 0 (inputs) or 1 (outputs); got {self.axis!r}."
+                "retention.KL(axis=...) is 0 (inputs) or 1 (outputs); "
+                f"got {self.axis!r}."
             )
         if self.mass <= 0:
             raise ValueError(f"retention.KL needs mass > 0; got mass={self.mass}.")

@@ -59,8 +59,8 @@ class Rule(Choice):
             self.chunk_size == 1 and self.retention.is_identity
         ):
             raise ValueError(
-                "An algorithm with at='retained' takes each token's gradient at its own "
-                "decayed weights, so it needs chunk_size=1 and retention.Decay(); got "
+                "An algorithm with at='retained' takes each token's gradient at its "
+                "own decayed weights and needs chunk_size=1 and retention.Decay(); got "
                 f"chunk_size={self.chunk_size} and {self.retention}. Use at='previous'."
             )
 
@@ -84,7 +84,7 @@ class Rule(Choice):
         return self.chunk_size > 1
 
     def init(self, key: jax.Array, key_dim: int, value_dim: int) -> Params:
-        """Initial weights and LayerNorm of one memory, to be learned by the outer loop."""
+        """Initial weights and LayerNorm of one memory, for the outer loop to learn."""
         return self.memory.init(key, key_dim, value_dim)
 
     def start(self, params: Params) -> State:
@@ -200,7 +200,7 @@ class Rule(Choice):
         return tuple(views[side] for side in sides)
 
     def moved(self, state: State, tokens: int) -> int | jax.Array:
-        """Position inside the chunk after so many tokens; without anchor none counts."""
+        """Position in the chunk after so many tokens; rules without anchor need none."""
         return state.position + tokens if self.has_anchor else state.position
 
     def close(self, state: State, complete: bool | jax.Array) -> State:

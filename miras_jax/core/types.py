@@ -25,11 +25,12 @@ Weights = tuple[jax.Array, ...]
 class Rates(NamedTuple):
     """What the outer network decides for every token. None: the rule's own default (1).
 
-    Each is `[L]` (one number per token) or `[L, channels]` (channel-wise). A channel-wise
-    rate acts on the memory's own inputs and outputs: on the key axis (rows) of its first
-    matrix and on the value axis (columns) of its last; matrices in between take the mean
-    over the channels. When first and last are the same matrix, `learn` acts on the value
-    axis and `keep` where the retention gate says. `momentum` is always one per token.
+    Each is `[L]` (one number per token) or `[L, channels]` (channel-wise). A
+    channel-wise rate acts on the memory's own inputs and outputs: on the key axis
+    (rows) of its first matrix and on the value axis (columns) of its last; matrices in
+    between take the mean over the channels. When first and last are the same matrix,
+    `learn` acts on the value axis and `keep` where the retention gate says. `momentum`
+    is always one per token.
     """
 
     learn: jax.Array | None = None  # eta_t >= 0, step size

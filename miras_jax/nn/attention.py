@@ -13,7 +13,7 @@ from miras_jax.nn.layers import Projection, rotate, split_heads
 
 @dataclass(frozen=True, repr=False)
 class Attention(Choice):
-    """Causal softmax attention with RoPE; `window` tokens back (own included), or all."""
+    """Causal softmax attention with RoPE over all tokens, or the last `window` ones."""
 
     num_heads: int = 4
     window: int | None = None

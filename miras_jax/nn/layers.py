@@ -19,7 +19,8 @@ def param(value: jax.Array, axes: Axes) -> nnx.Param:
 class Projection(nnx.Module):
     """y = x W (+ b), without bias unless given an initial one.
 
-    W is normal with variance 1 / fan-in: unit-variance inputs give unit-variance outputs.
+    W is normal with variance 1 / fan-in: unit-variance inputs give unit-variance
+    outputs.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class CausalConvolution(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """W_3 (silu(x W_1) * (x W_2)), the MLP of Llama; hidden is about 8/3 of the width."""
+    """W_3 (silu(x W_1) * (x W_2)), the MLP of Llama."""
 
     def __init__(self, width: int, hidden: int, *, scale: float, rngs: nnx.Rngs):
         self.gate = Projection(width, hidden, ("embed", "hidden"), rngs=rngs)
@@ -113,7 +114,8 @@ class SwiGLU(nnx.Module):
 def rotate(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864) of `[B, L, H, D]` at `[B, L]`.
 
-    Halves of the head dimension are paired; the angle of pair i is position / base^(2i/D).
+    Halves of the head dimension are paired; the angle of pair i is position /
+    base^(2i/D).
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)

@@ -78,7 +78,7 @@ class MirasCache(NamedTuple):
 
 
 class MirasLayer(nnx.Module):
-    """q, k, v -> convolution -> RoPE, l2 norm -> memory -> norm -> gate -> projection."""
+    """q, k, v, convolution, RoPE, l2 norm, memory, norm, gate, output projection."""
 
     def __init__(self, config: Miras, width: int, output_scale: float, rngs: nnx.Rngs):
         heads = config.num_heads

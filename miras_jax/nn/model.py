@@ -20,8 +20,8 @@ Mixer = Miras | Attention
 class Model(Choice):
     """A language model of `depth` blocks whose mixers repeat `mixers` in turn.
 
-    `(Miras(variants.yaad()),)` is Yaad, `(Miras(...), Attention(window=128))` the hybrid
-    of Samba's kind (Miras-H), `(Attention(),)` is Transformer++.
+    `(Miras(variants.yaad()),)` is Yaad, `(Miras(...), Attention(window=128))` the
+    hybrid of Samba's kind (Miras-H), `(Attention(),)` is Transformer++.
 
     hidden: of the SwiGLU MLP; None takes 8/3 of the width, rounded up to 64.
     embedding: "tied" uses one matrix for input and output.
@@ -57,8 +57,8 @@ class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: Model, mixer: Mixer, rngs: nnx.Rngs):
-        # Both branches of all blocks add to one stream: 1 / sqrt(2 depth) each keeps its
-        # variance at the output of the order of one (GPT-2).
+        # Both branches of all blocks add to one stream: 1 / sqrt(2 depth) each keeps
+        # its variance at the output of the order of one (GPT-2).
         scale = (2 * config.depth) ** -0.5
         self.mixer_norm = RMSNorm(config.width)
         self.mixer = mixer.build(config.width, scale, rngs)
@@ -89,9 +89,9 @@ class Group(nnx.Module):
 class LanguageModel(nnx.Module):
     """Token ids `[B, L]` -> logits `[B, L, vocab]` in float32.
 
-    The groups of blocks are stacked along a leading axis of every parameter and scanned,
-    so that compilation time does not grow with depth. The embedding is normal with
-    standard deviation 0.02 (tied: the same matrix gives logits near zero from the
+    The groups of blocks are stacked along a leading axis of every parameter and
+    scanned, so that compilation time does not grow with depth. The embedding is normal
+    with standard deviation 0.02 (tied: the same matrix gives logits near zero from the
     normalised stream); blocks see it through a norm.
     """
 

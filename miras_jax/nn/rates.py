@@ -1,10 +1,10 @@
-"""Where a memory's rates come from: parametrisations of learn, keep, momentum, threshold.
+"""Where a memory's rates come from: parametrisations of learn, keep and the others.
 
 A parametrisation is a frozen dataclass; `build` makes the nnx module that maps the
 layer's input `[B, L, D]` to rates `[B, L, H]` or `[B, L, H, K]`, in float32. All start
 from stated values: the projection of the input starts at (nearly) zero, and biases are
-spread log-uniformly over `initial` = (low, high), so that an untrained layer already has
-memories of many time scales.
+spread log-uniformly over `initial` = (low, high), so that an untrained layer already
+has memories of many time scales.
 """
 
 from dataclasses import dataclass

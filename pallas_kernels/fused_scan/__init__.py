@@ -1,0 +1,3 @@
+"""`fused_scan`: a scan of a pure step over the chunks of a sequence."""
+
+from pallas_kernels.fused_scan.api import fused_scan as fused_scan
