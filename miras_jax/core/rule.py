@@ -200,7 +200,7 @@ class Rule(Choice):
         return tuple(views[side] for side in sides)
 
     def moved(self, state: State, tokens: int) -> int | jax.Array:
-        """Position in the chunk after so many tokens; rules without anchor need none."""
+        """Position in the chunk after so many tokens; without anchor none is kept."""
         return state.position + tokens if self.has_anchor else state.position
 
     def close(self, state: State, complete: bool | jax.Array) -> State:
