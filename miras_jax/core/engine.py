@@ -45,6 +45,8 @@ def run(
     backward pass: memory grows by one state per block.
     """
     rule.check(tokens)
+    if len(tokens.keys) == 0:
+        raise ValueError("run needs at least one token; got none.")
     match implementation:
         case "definition":
             outputs, state = _run_definition(rule, params, state, tokens)

@@ -154,7 +154,8 @@ class Rule(Choice):
     def step(self, params: Params, state: State, token: Tokens):
         """Write one token, then read its query: `(output [V], state)`."""
         self.check(token)
-        rates = token.rates
+        dtype = state_dtype(*state.dual)
+        queries, keys, values, rates = jax.tree.map(lambda x: x.astype(dtype), token)
         anchor_dual = state.anchor if self.has_anchor else state.dual
         anchor = tuple(self.retention.weights(a) for a in anchor_dual)
         keep = self._spread(
@@ -165,11 +166,10 @@ class Rule(Choice):
             anchor = tuple(k * w for k, w in zip(keep, anchor, strict=True))
 
         def predict(weights):
-            return self._read(params, weights, token.keys)
+            return self._read(params, weights, keys)
 
         prediction, pull_back = jax.vjp(predict, anchor)
-        value = token.values.astype(prediction.dtype)
-        cotangent = self.bias.cotangent(prediction, value, rates.threshold)
+        cotangent = self.bias.cotangent(prediction, values, rates.threshold)
         (gradient,) = pull_back(cotangent)
 
         dual, momentum = [], []
@@ -182,11 +182,10 @@ class Rule(Choice):
         kept = tuple(k * f for k, f in zip(state.kept, keep, strict=False))
         position = self.moved(state, 1)
         state = State(dual, state.anchor, kept, momentum, position)
-        output = self._read(params, self.weights(state), token.queries)
+        output = self._read(params, self.weights(state), queries)
         return output, self.close(state, state.position == self.chunk_size)
 
     def _read(self, params, weights, x):
-        x = x.astype(weights[0].dtype)
         return self.memory.read(lambda i, y: y @ weights[i], params, x)
 
     @staticmethod
