@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from miras_jax.core import causal
 from miras_jax.core.types import Choice, Weights
+from miras_jax.errors import UserError
 
 At = Literal["previous", "retained"]
 
@@ -35,7 +36,7 @@ class Algorithm(Protocol):
 
 def _check_at(at: str) -> None:
     if at not in ("previous", "retained"):
-        raise ValueError(
+        raise UserError(
             "An algorithm takes the gradient at='previous' weights or at='retained' "
             f"(already decayed) ones; got {at!r}."
         )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from miras_jax.core.types import Choice
+from miras_jax.errors import UserError
 
 
 class Bias(Protocol):
@@ -81,7 +82,7 @@ class Lp(Choice):
 
     def __post_init__(self):
         if self.p < 1:
-            raise ValueError(f"bias.Lp needs p >= 1 to be convex; got p={self.p}.")
+            raise UserError(f"bias.Lp needs p >= 1 to be convex; got p={self.p}.")
 
     def loss(self, prediction, value, threshold=None):
         return jnp.sum(jnp.abs(prediction - value) ** self.p, axis=-1)
@@ -118,7 +119,7 @@ class Huber(Choice):
 
     def __post_init__(self):
         if self.form not in ("coordinate", "norm", "switch"):
-            raise ValueError(
+            raise UserError(
                 "bias.Huber(form=...) is 'coordinate', 'norm' or 'switch'; "
                 f"got {self.form!r}."
             )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from miras_jax.core.block import block, parallel_tokens
 from miras_jax.core.rule import Rule
 from miras_jax.core.types import Params, Rates, State, Tokens
+from miras_jax.errors import UserError
 from pallas_kernels.fused_scan import fused_scan
 
 Implementation = Literal["definition", "xla"]
@@ -46,14 +47,14 @@ def run(
     """
     rule.check(tokens)
     if len(tokens.keys) == 0:
-        raise ValueError("run needs at least one token; got none.")
+        raise UserError("run needs at least one token; got none.")
     match implementation:
         case "definition":
             outputs, state = _run_definition(rule, params, state, tokens)
         case None | "xla":
             outputs, state = _run_blocks(rule, params, state, tokens)
         case _:
-            raise ValueError(
+            raise UserError(
                 f"implementation={implementation!r} is unknown: use None (the best "
                 "available), 'definition' or 'xla'."
             )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from miras_jax.core.types import Choice, Params
+from miras_jax.errors import UserError
 
 Product = Callable[[int, jax.Array], jax.Array]
 
@@ -23,7 +24,7 @@ class Memory(Protocol):
     """What a rule needs of a memory; any frozen dataclass with these will do."""
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
-        """`[in, out]` of each matrix, first applied first; ValueError if impossible."""
+        """`[in, out]` of each matrix, first applied first; UserError if impossible."""
 
     def init(self, key: jax.Array, key_dim: int, value_dim: int) -> Params: ...
 
@@ -55,7 +56,7 @@ def _with_norm(weights: tuple[jax.Array, ...], value_dim: int) -> Params:
 
 def _same_width(name: str, key_dim: int, value_dim: int) -> None:
     if key_dim != value_dim:
-        raise ValueError(
+        raise UserError(
             f"{name} adds its input to its output, so it needs key_dim == value_dim; "
             f"got {key_dim} and {value_dim}. Use equal dimensions or memory.Linear()."
         )
@@ -111,7 +112,7 @@ class MLP(Choice):
 
     def __post_init__(self):
         if self.depth < 1 or self.expansion < 1:
-            raise ValueError(
+            raise UserError(
                 "memory.MLP needs depth >= 1 and expansion >= 1; "
                 f"got depth={self.depth}, expansion={self.expansion}."
             )

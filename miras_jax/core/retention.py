@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from miras_jax.core.types import Choice
+from miras_jax.errors import UserError
 
 
 class Retention(Protocol):
@@ -23,6 +24,9 @@ class Retention(Protocol):
     axis: str  # "key" or "value": where a channel-wise keep acts on a single matrix
 
     def weights(self, dual: jax.Array) -> jax.Array: ...
+
+    def initial(self, weights: jax.Array) -> jax.Array:
+        """What `params.weights` start from, given a memory's plain initial weights."""
 
     def dual(self, weights: jax.Array) -> jax.Array:
         """A_0 from the learned initial weights `params.weights`."""
@@ -38,6 +42,9 @@ class _Identity(Choice):
     rates = ("keep",)
     channelwise = True
     axis = "key"
+
+    def initial(self, weights):
+        return weights
 
     def weights(self, dual):
         return dual
@@ -68,7 +75,7 @@ class Decay(_Identity):
 
     def __post_init__(self):
         if self.axis not in ("key", "value"):
-            raise ValueError(
+            raise UserError(
                 f"retention.Decay(axis=...) is 'key' or 'value'; got {self.axis!r}."
             )
 
@@ -105,11 +112,14 @@ class Lq(Choice):
 
     def __post_init__(self):
         if self.form not in ("paper", "mirror"):
-            raise ValueError(
+            raise UserError(
                 f"retention.Lq(form=...) is 'paper' or 'mirror'; got {self.form!r}."
             )
         if self.q <= 1:
-            raise ValueError(f"retention.Lq needs q > 1; got q={self.q}.")
+            raise UserError(f"retention.Lq needs q > 1; got q={self.q}.")
+
+    def initial(self, weights):
+        return weights
 
     def weights(self, dual):
         direction = dual / q_norm(dual, self.q) ** (self.q - 2)
@@ -166,12 +176,18 @@ class KL(Choice):
 
     def __post_init__(self):
         if self.axis not in (0, 1, -1):
-            raise ValueError(
+            raise UserError(
                 "retention.KL(axis=...) is 0 (inputs) or 1 (outputs); "
                 f"got {self.axis!r}."
             )
         if self.mass <= 0:
-            raise ValueError(f"retention.KL needs mass > 0; got mass={self.mass}.")
+            raise UserError(f"retention.KL needs mass > 0; got mass={self.mass}.")
+
+    def initial(self, weights):
+        # Logits of unit variance: nearly equal ones would make every output unit the
+        # same mean, and a norm behind it would divide by almost nothing.
+        rms = jnp.sqrt(jnp.mean(jnp.square(weights)))
+        return weights / jnp.where(rms > 0, rms, 1)
 
     def weights(self, dual):
         return self.mass * jax.nn.softmax(dual, axis=self.axis)

@@ -31,6 +31,7 @@ from miras_jax.core.types import (
     Weights,
     state_dtype,
 )
+from miras_jax.errors import UserError
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,15 +51,15 @@ class Rule(Choice):
 
     def __post_init__(self):
         if self.readout not in ("linear", "exact"):
-            raise ValueError(
+            raise UserError(
                 f"Rule(readout=...) is 'linear' or 'exact'; got {self.readout!r}."
             )
         if self.chunk_size < 1:
-            raise ValueError(f"Rule needs chunk_size >= 1; got {self.chunk_size}.")
+            raise UserError(f"Rule needs chunk_size >= 1; got {self.chunk_size}.")
         if self.algorithm.at == "retained" and not (
             self.chunk_size == 1 and self.retention.is_identity
         ):
-            raise ValueError(
+            raise UserError(
                 "An algorithm with at='retained' takes each token's gradient at its "
                 "own decayed weights and needs chunk_size=1 and retention.Decay(); got "
                 f"chunk_size={self.chunk_size} and {self.retention}. Use at='previous'."
@@ -85,7 +86,10 @@ class Rule(Choice):
 
     def init(self, key: jax.Array, key_dim: int, value_dim: int) -> Params:
         """Initial weights and LayerNorm of one memory, for the outer loop to learn."""
-        return self.memory.init(key, key_dim, value_dim)
+        params = self.memory.init(key, key_dim, value_dim)
+        return params._replace(
+            weights=tuple(self.retention.initial(w) for w in params.weights)
+        )
 
     def start(self, params: Params) -> State:
         """The state before the first token, in float32 (float64 if `params` are)."""
@@ -119,22 +123,22 @@ class Rule(Choice):
         )
 
     def check(self, tokens: Tokens) -> None:
-        """ValueError, naming the fix, if these tokens cannot be read by this rule."""
+        """UserError, naming the fix, if these tokens cannot be read by this rule."""
         rates, ndim = tokens.rates, tokens.keys.ndim
         for name in self.algorithm.rates:
             if getattr(rates, name) is None:
-                raise ValueError(
+                raise UserError(
                     f"{self.algorithm} needs rates.{name}, one number per token; "
                     "the tokens bring none."
                 )
         if rates.momentum is not None and rates.momentum.ndim != ndim - 1:
-            raise ValueError(
+            raise UserError(
                 "rates.momentum is one number per token, not channel-wise; got shape "
                 f"{rates.momentum.shape} for keys {tokens.keys.shape}."
             )
         channelwise = rates.keep is not None and rates.keep.ndim == ndim
         if channelwise and not self.retention.channelwise:
-            raise ValueError(
+            raise UserError(
                 f"{self.retention} needs a keep that is constant inside a slice, one "
                 f"number per token; got a channel-wise one of shape {rates.keep.shape}."
             )

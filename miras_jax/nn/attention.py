@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from miras_jax.core.types import Choice
+from miras_jax.errors import UserError
 from miras_jax.nn.layers import Projection, rotate, split_heads
 
 
@@ -17,6 +18,10 @@ class Attention(Choice):
 
     num_heads: int = 4
     window: int | None = None
+
+    def __post_init__(self):
+        if self.num_heads < 1 or (self.window is not None and self.window < 1):
+            raise UserError(f"{self} needs at least one head and a window of 1.")
 
     def build(self, width: int, output_scale: float, rngs: nnx.Rngs):
         return AttentionLayer(self, width, output_scale, rngs)
@@ -31,9 +36,15 @@ class AttentionCache(NamedTuple):
 
 
 class AttentionLayer(nnx.Module):
+    """q, k, v, RoPE, softmax attention, output projection.
+
+    A cache of full attention that is read beyond its max_length keeps the last
+    max_length tokens, that is, it becomes a sliding window.
+    """
+
     def __init__(self, config: Attention, width, output_scale, rngs):
         if width % config.num_heads or (width // config.num_heads) % 2:
-            raise ValueError(
+            raise UserError(
                 f"width {width} must split into {config.num_heads} heads of even "
                 "dimension."
             )

@@ -13,11 +13,12 @@ Axes = tuple[str | None, ...]
 
 
 def param(value: jax.Array, axes: Axes) -> nnx.Param:
+    """A parameter with one logical axis name (or None) per axis."""
     return nnx.Param(value, axes=axes)
 
 
 class Projection(nnx.Module):
-    """y = x W (+ b), without bias unless given an initial one.
+    """y = x W, or y = x W + b in float32 if given an initial bias.
 
     W is normal with variance 1 / fan-in: unit-variance inputs give unit-variance
     outputs.
@@ -41,7 +42,9 @@ class Projection(nnx.Module):
         y = x @ self.weight[...].astype(x.dtype)
         if self.bias is None:
             return y
-        return y + jnp.expand_dims(self.bias[...].astype(x.dtype), range(x.ndim - 1))
+        return y.astype(jnp.float32) + jnp.expand_dims(
+            self.bias[...], range(x.ndim - 1)
+        )
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | None = None) -> jax.Array:

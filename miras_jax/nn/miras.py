@@ -1,6 +1,6 @@
 """The Miras layer: a rule as a sequence mixer (Miras, section 5.4)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from flax import nnx
 from miras_jax.core import engine
 from miras_jax.core.rule import Rule
 from miras_jax.core.types import Choice, Params, Rates, State, Tokens
+from miras_jax.errors import UserError
 from miras_jax.nn import rates as rate_choices
 from miras_jax.nn.layers import (
     CausalConvolution,
@@ -32,24 +33,27 @@ class RateChoices(Choice):
     threshold: rate_choices.Rate | None = None
 
 
-def default_rates(rule: Rule) -> RateChoices:
-    """What an untrained layer starts from, where a model does not say otherwise.
+def default_rates(rule: Rule, channels: int) -> RateChoices:
+    """What an untrained layer of head dimension `channels` starts from.
 
-    learn: of a deep memory 0.02 to 0.1, so that a chunk of 64 tokens moves the weights
-    by about one full correction; of a plain matrix 0.5, half of it per token.
-    keep: 0.1 to 0.001 forgotten per token, half-lives of 7 to 700 tokens.
-    momentum 0.5 to 0.9; threshold 1 to 4, around the norm of a residual per head.
-    Channel-wise from rank 32 where the rule allows it, else one per head.
+    learn: of a deep memory 0.002 to 0.02, of a plain matrix 0.5, half of the error.
+    keep: 0.001 to 0.1 forgotten per token, half-lives of 700 to 7 tokens.
+    momentum: 0.5 to 0.9.
+    threshold: half to twice sqrt(channels), the norm of values of unit variance.
+
+    Channel-wise of rank 32 for deep memories, where the rule allows it; else, and for
+    momentum rules and plain matrices, one per token and head.
     """
     deep = not rule.memory.is_linear
     channelwise = rule.retention.channelwise and deep and "momentum" not in rule.rates
     make = rate_choices.LowRank if channelwise else rate_choices.PerHead
-    learn = make("softplus", (0.02, 0.1)) if deep else make("sigmoid", (0.5, 0.5))
+    learn = make("softplus", (0.002, 0.02)) if deep else make("sigmoid", (0.5, 0.5))
+    size = channels**0.5
     choices = {
         "learn": learn,
         "keep": make("keep", (0.001, 0.1)),
         "momentum": rate_choices.PerHead("sigmoid", (0.5, 0.9)),
-        "threshold": rate_choices.LowRank("softplus", (1.0, 4.0)),
+        "threshold": rate_choices.LowRank("softplus", (0.5 * size, 2 * size)),
     }
     return RateChoices(**{name: choices[name] for name in rule.rates})
 
@@ -58,12 +62,20 @@ def default_rates(rule: Rule) -> RateChoices:
 class Miras(Choice):
     """A Miras layer with `num_heads` memories of dimension width / num_heads.
 
-    `rates` None: `default_rates(rule)`.
+    `rates` None: `default_rates`.
     """
 
     rule: Rule
     num_heads: int = 4
-    rates: RateChoices | None = field(default=None)
+    rates: RateChoices | None = None
+
+    def __post_init__(self):
+        for name in RateChoices.__dataclass_fields__ if self.rates else ():
+            if getattr(self.rates, name) and name not in self.rule.rates:
+                raise UserError(
+                    f"RateChoices.{name} is given, but {self.rule} uses no {name}; "
+                    "leave it out."
+                )
 
     def build(self, width: int, output_scale: float, rngs: nnx.Rngs) -> "MirasLayer":
         return MirasLayer(self, width, output_scale, rngs)
@@ -83,14 +95,14 @@ class MirasLayer(nnx.Module):
     def __init__(self, config: Miras, width: int, output_scale: float, rngs: nnx.Rngs):
         heads = config.num_heads
         if width % heads or (width // heads) % 2:
-            raise ValueError(
+            raise UserError(
                 f"width {width} must split into {heads} heads of even dimension."
             )
         channels = width // heads
         self.config = config
         self.qkv = Projection(width, 3 * width, ("embed", "heads"), rngs=rngs)
         self.convolution = CausalConvolution(3 * width, rngs=rngs)
-        choices = config.rates or default_rates(config.rule)
+        choices = config.rates or default_rates(config.rule, channels)
         self.rates = nnx.data(
             {
                 name: getattr(choices, name).build(width, heads, channels, rngs)

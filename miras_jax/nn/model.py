@@ -9,6 +9,7 @@ from flax import nnx
 
 from miras_jax.core import variants
 from miras_jax.core.types import Choice
+from miras_jax.errors import UserError
 from miras_jax.nn.attention import Attention
 from miras_jax.nn.layers import Projection, RMSNorm, SwiGLU, param
 from miras_jax.nn.miras import Miras
@@ -39,8 +40,21 @@ class Model(Choice):
     remat: Literal["none", "block"] = "none"
 
     def __post_init__(self):
+        for name, allowed in (
+            ("embedding", ("tied", "untied")),
+            ("compute_dtype", ("float32", "bfloat16")),
+            ("remat", ("none", "block")),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UserError(
+                    f"Model({name}=...) is {' or '.join(map(repr, allowed))}; "
+                    f"got {value!r}."
+                )
+        if not self.mixers or self.depth < 1:
+            raise UserError("Model needs at least one mixer and one block.")
         if self.depth % len(self.mixers):
-            raise ValueError(
+            raise UserError(
                 f"depth {self.depth} is no multiple of the {len(self.mixers)} mixers "
                 "that repeat; add or leave out blocks."
             )

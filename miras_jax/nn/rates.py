@@ -24,6 +24,8 @@ its logarithmic spread speak of the fraction that is forgotten."""
 
 
 class Rate(Protocol):
+    """A choice of where a rate comes from."""
+
     def build(self, width, heads, channels, rngs) -> nnx.Module: ...
 
 
@@ -67,7 +69,7 @@ class _PerHead(nnx.Module):
         )
 
     def __call__(self, x):
-        return _activate(self.activation, self.projection(x).astype(jnp.float32))
+        return _activate(self.activation, self.projection(x))
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,7 +99,7 @@ class _LowRank(nnx.Module):
         )
 
     def __call__(self, x):
-        rate = _activate(self.activation, self.up(self.down(x)).astype(jnp.float32))
+        rate = _activate(self.activation, self.up(self.down(x)))
         return split_heads(rate, self.heads)
 
 
