@@ -74,6 +74,7 @@ def axis_cases():
         "algorithm": algorithm.GradientDescent(at="retained"),
         "chunk_size": 1,
     }
+    momentum_lq = replace(mirror, algorithm=algorithm.Momentum())
     momentum_retained = replace(
         linear, algorithm=algorithm.Momentum(at="retained"), chunk_size=1
     )
@@ -104,7 +105,8 @@ def axis_cases():
         Case("momentum-channels", moving, channelwise=True),
         Case("momentum-linear", replace(moving, memory=memory.Linear())),
         Case("momentum-retained", momentum_retained),
-        Case("momentum-lq", replace(mirror, algorithm=algorithm.Momentum())),
+        Case("momentum-lq", momentum_lq),
+        Case("momentum-lq-exact", replace(momentum_lq, readout="exact")),
     ]
 
 

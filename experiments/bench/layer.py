@@ -1,0 +1,305 @@
+"""Speed and memory of one memory layer, beside its definition, a GRU and an LSTM.
+
+    python -m experiments.bench.layer [--lengths 1024,4096] [--batches 1]
+        [--chunks 16,64] [--variants yaad,moneta,memora,titans,gated_delta_net]
+        [--repeats 5] [--no memory,recurrent] [--json rows.json]
+
+Prints one table, all of it measured in this one run: 4 heads of 64 (width 256),
+float32, tokens per second forward and forward+backward, the ratio of backward to
+forward time, memory, and the share of the machine's own matrix-product rate; then a
+summary.
+
+scope       "layer": the nnx mixer with its projections, without cache; a GRU or LSTM of
+            width 256 with its input projection (one product over the whole sequence).
+            "memory": `miras.run` alone, vmapped over heads and batch, at the rates that
+            the untrained layer makes; of a GRU or LSTM the scan alone.
+fwd+bwd     gradients with respect to all inputs, rates and parameters of a random
+            linear function of the outputs, in one program with the forward pass.
+definition  Yaad token by token. It is slow, and its backward pass stores weights of
+            every token: it runs at few tokens and is compared per token.
+chunk       of Gated DeltaNet the engine's tile: it changes the speed, not the result.
+MB          results and temporaries in XLA's own plan of the program, not its inputs. It
+            agrees with the growth of the process while the program runs (57 against 69,
+            571 against 556, 111 against 104 MB where compared); the peak of the whole
+            process would count the compiler too.
+share       useful matrix FLOPs / time / rate of a 1,024-cubed float32 product, timed in
+            turns with everything else. Useful per token and head, with matrices [i, o]
+            of a memory, P = sum of i o, P' without the first matrix, C tokens a chunk:
+                write: forward 2P, errors pulled back to each product's output 2P'
+                update 2P, read 2P
+                own chunk's corrections, causal pairs only: (C + 1) sum(i + o)
+                delta rule's triangular system, C the tile: (C - 1) sum(i + o)
+            and per token 2 i o of each projection of the layer. A backward pass counts
+            as twice the forward one; recomputation is not useful. XLA's own count
+            (`cost_analysis`) is no help: it takes the body of a scan once.
+
+The default takes about 7 minutes of CPU time, nearly all of it compilation, and took 15
+minutes beside other work on two cores; `--lengths 1024,2048,4096,8192 --batches 1,2`
+has four times as many cases.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import miras_jax as miras
+from experiments.bench import recurrent, report
+from experiments.bench.timing import compile_program, median_seconds
+from miras_jax import variants
+from miras_jax.core.engine import LINEAR_TILE
+from miras_jax.errors import UserError
+from miras_jax.nn.layers import Projection, l2_normalise
+from miras_jax.nn.miras import Miras
+
+VARIANTS = {
+    rule.__name__: rule
+    for rule in (
+        variants.yaad,
+        variants.moneta,
+        variants.memora,
+        variants.titans,
+        variants.gated_delta_net,
+    )
+}
+PARTS = ("layer", "memory", "definition", "recurrent")
+DEFINITION_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one row of the table measures."""
+
+    scope: str  # "layer" or "memory"
+    variant: str  # a name in VARIANTS, "gru" or "lstm"
+    form: str  # "chunked", "definition" or "recurrent"
+    chunk: int | None
+    batch: int
+    length: int
+    width: int = 256
+    heads: int = 4
+
+    @property
+    def rule(self) -> miras.Rule:
+        rule = VARIANTS[self.variant]()
+        return rule if rule.chunk_size == 1 else replace(rule, chunk_size=self.chunk)
+
+
+class Computation(NamedTuple):
+    function: Callable[[Any], jax.Array]
+    inputs: Any  # all of them differentiable
+    flops: float  # useful, of one forward pass
+
+
+def list_cases(
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    chunks: Sequence[int],
+    names: Sequence[str],
+    without: Sequence[str] = (),
+) -> list[Case]:
+    """Every case that is asked for, scope by scope."""
+    cases = []
+    for scope in (s for s in ("layer", "memory") if s not in without):
+        for batch in batches:
+            for length in lengths:
+                for name in names:
+                    exact = VARIANTS[name]().chunk_size == 1
+                    for chunk in (LINEAR_TILE,) if exact else chunks:
+                        cases.append(Case(scope, name, "chunked", chunk, batch, length))
+                for cell in () if "recurrent" in without else recurrent.GATES:
+                    cases.append(Case(scope, cell, "recurrent", None, batch, length))
+            if scope == "memory" and "yaad" in names and "definition" not in without:
+                few = min(DEFINITION_TOKENS, *lengths)
+                slow = Case(scope, "yaad", "definition", max(chunks), batch, few)
+                cases.append(slow)
+    return cases
+
+
+def memory_flops(rule: miras.Rule, chunk: int | None, channels: int) -> int:
+    """Useful matrix FLOPs per token and head, by the formula in the module docstring.
+
+    chunk None: token by token, without corrections.
+    """
+    shapes = rule.memory.shapes(channels, channels)
+    products = sum(i * o for i, o in shapes)
+    pulled = sum(i * o for i, o in shapes[1:])
+    flops = 2 * (3 * products + pulled)
+    if chunk is not None:
+        # Of the variants here those with a plain matrix are delta rules.
+        pairs = 2 * chunk if rule.memory.is_linear else chunk + 1
+        flops += pairs * sum(i + o for i, o in shapes)
+    return flops
+
+
+def build(case: Case) -> Computation:
+    """The function that a case measures, its inputs, and its useful FLOPs."""
+    x_key, key = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(x_key, (case.batch, case.length, case.width))
+    tokens = case.batch * case.length
+    if case.form == "recurrent":
+        return _build_recurrent(case, key, x, tokens)
+
+    rule = case.rule
+    mixer = Miras(rule, num_heads=case.heads).build(case.width, 1.0, nnx.Rngs(0))
+    chunk = case.chunk if case.form == "chunked" else None
+    flops = case.heads * memory_flops(rule, chunk, case.width // case.heads)
+    if case.scope == "layer":
+        graph, params = nnx.split(mixer)
+        modules = (module for _, module in nnx.iter_modules(mixer))
+        flops += sum(2 * m.weight.size for m in modules if isinstance(m, Projection))
+        return Computation(
+            lambda inputs: nnx.merge(graph, inputs[0])(inputs[1])[0],
+            (params, x),
+            tokens * flops,
+        )
+
+    shape = (case.batch, case.heads, case.length, case.width // case.heads)
+    queries, keys, values = jax.random.normal(key, (3, *shape))
+    rates = {name: jnp.moveaxis(make(x), 2, 1) for name, make in mixer.rates.items()}
+    read_tokens = miras.Tokens(
+        l2_normalise(queries), l2_normalise(keys), values, miras.Rates(**rates)
+    )
+    implementation = "definition" if case.form == "definition" else None
+
+    def read(params, tokens):
+        state = rule.start(params)
+        return miras.run(rule, params, state, tokens, implementation=implementation)[0]
+
+    over_batch = jax.vmap(jax.vmap(read), (None, 0))
+    return Computation(
+        lambda inputs: over_batch(*inputs),
+        (mixer.memory_params, read_tokens),
+        tokens * flops,
+    )
+
+
+def _build_recurrent(case: Case, key, x, tokens) -> Computation:
+    params = recurrent.init(key, case.variant, case.width)
+    flops = 2 * params.hidden.size
+    if case.scope == "memory":
+        return Computation(
+            lambda inputs: recurrent.scan_tokens(case.variant, *inputs),
+            (params, recurrent.project(params, x)),
+            tokens * flops,
+        )
+
+    def read(inputs):
+        params, x = inputs
+        projected = recurrent.project(params, x)
+        return recurrent.scan_tokens(case.variant, params, projected)
+
+    return Computation(read, (params, x), tokens * (flops + 2 * params.input.size))
+
+
+def differentiated(function: Callable) -> Callable:
+    """(inputs, weights) -> sum(weights * outputs) and its gradient in the inputs."""
+
+    def functional(inputs, weights):
+        return jnp.sum(weights * function(inputs))
+
+    return jax.value_and_grad(functional)
+
+
+def measure(cases: Sequence[Case], repeats: int) -> tuple[list[dict], float]:
+    """One row per case, and the rate of the matrix product in FLOP/s."""
+    programs, flops = [], []
+    for number, case in enumerate(cases, 1):
+        print(f"compiling {number}/{len(cases)}: {case}", file=sys.stderr)
+        function, inputs, useful = build(case)
+        forward = compile_program(function, inputs)
+        shape = jax.eval_shape(function, inputs).shape
+        weights = jax.random.normal(jax.random.key(1), shape)
+        programs += [
+            forward,
+            compile_program(differentiated(function), inputs, weights),
+        ]
+        flops.append(useful)
+    times, rate = median_seconds(programs, repeats)
+    rows = []
+    for i, (case, useful) in enumerate(zip(cases, flops, strict=True)):
+        forward, both = times[2 * i : 2 * i + 2]
+        tokens = case.batch * case.length
+        rows.append(
+            asdict(case)
+            | {
+                "forward_tokens_per_s": tokens / forward,
+                "both_tokens_per_s": tokens / both,
+                "backward_over_forward": (both - forward) / forward,
+                "forward_mb": programs[2 * i].megabytes,
+                "both_mb": programs[2 * i + 1].megabytes,
+                "forward_share": useful / forward / rate,
+                "both_share": 3 * useful / both / rate,
+            }
+        )
+    return rows, rate
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise UserError(f"{option} takes whole numbers >= 1 and commas; got {text!r}.")
+    return numbers
+
+
+def _names(text: str, option: str, known: Sequence[str]) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{option} {name!r} is unknown; choose from {[*known]}.")
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench.layer")
+    parser.add_argument("--lengths", default="1024,4096")
+    parser.add_argument("--batches", default="1")
+    parser.add_argument("--chunks", default="16,64")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no", default="", help=f"leave out any of {','.join(PARTS)}")
+    parser.add_argument("--json", type=Path, help="also save the rows here")
+    options = parser.parse_args(arguments)
+    cases = list_cases(
+        _numbers(options.lengths, "--lengths"),
+        _numbers(options.batches, "--batches"),
+        _numbers(options.chunks, "--chunks"),
+        _names(options.variants, "--variants", [*VARIANTS]),
+        _names(options.no, "--no", PARTS),
+    )
+    rows, rate = measure(cases, options.repeats)
+    kind = jax.devices()[0].device_kind
+    device = f"{kind}, {os.cpu_count()} cores, jax {jax.__version__}"
+    flags = os.environ.get("XLA_FLAGS", "")  # they can change the times severalfold
+    print(f"\n{device} {flags}")
+    print(f"1,024-cubed float32 product: {rate / 1e9:.1f} GFLOP/s\n")
+    print(report.table(rows))
+    print("\n" + report.summary(rows))
+    if options.json is not None:
+        saved = {
+            "device": device,
+            "xla_flags": flags,
+            "matmul_flops_per_s": rate,
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(saved, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
