@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from miras_jax import compiler
+
 MATMUL_SIZE = 1024
 
 
@@ -31,7 +33,8 @@ class Program(NamedTuple):
 
 def compile_program(function: Callable, *inputs) -> Program:
     """`function` at these inputs, compiled but not yet run."""
-    compiled = jax.jit(function).lower(*inputs).compile()
+    program = jax.jit(function, compiler_options=compiler.options())
+    compiled = program.lower(*inputs).compile()
     sizes = compiled.memory_analysis()
     allocated = sizes.output_size_in_bytes + sizes.temp_size_in_bytes
     return Program(compiled, inputs, allocated / 1e6)

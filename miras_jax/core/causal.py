@@ -138,23 +138,24 @@ class ChannelSteps(NamedTuple):
         return (a * self.rate, d) if narrow else (a, d * self.rate)
 
     def _levels(self):
-        """(mask of pairs [C, C], factor of each token [C, channels]) per piece size."""
-        size = self.log_keep.shape[0]
+        """Masks of pairs `[n, C, C]` and factors `[n, C, channels]` of the n sizes."""
+        size, channels = self.log_keep.shape
         rows = np.arange(size)[:, None]
         columns = rows.T
         own = 0 if self.when == "before" else 1  # whether token t's own keep counts
-        half = 1
-        while half < size:
+        halves = [2**i for i in range((size - 1).bit_length())]
+        pairs, sums = [], []
+        for half in halves:
             second = (rows // half) % 2 == 1
             middle = (rows // half + 1 - second) * half
             as_reader = (columns >= middle) & (columns < rows + own)
             as_writer = (columns > rows) & (columns < middle)
-            factor = jnp.exp(
-                prefix_sum(np.where(second, as_reader, as_writer), self.log_keep)
-            )
-            pairs = (rows // (2 * half) == columns // (2 * half)) & second & ~second.T
-            yield jnp.asarray(pairs, self.log_keep.dtype), factor
-            half *= 2
+            sums.append(np.where(second, as_reader, as_writer))
+            same = rows // (2 * half) == columns // (2 * half)
+            pairs.append(same & second & ~second.T)
+        logs = prefix_sum(np.concatenate(sums), self.log_keep)
+        factors = jnp.exp(logs).reshape(len(halves), size, channels)
+        return jnp.asarray(np.stack(pairs), self.log_keep.dtype), factors
 
     def _own(self, x, a):
         """x_t^T a_t where token t sees its own step: `[C, 1]`."""
@@ -163,20 +164,23 @@ class ChannelSteps(NamedTuple):
 
     def scores(self, dot, x, a):
         a = a if self.rate is None else a * self.rate
-        total = jnp.asarray(np.eye(x.shape[0]), x.dtype) * self._own(x, a)
-        for pairs, factor in self._levels():
-            total = total + pairs * dot(x * factor, (a * factor).T)
-        return total
+        own = jnp.asarray(np.eye(len(x)), x.dtype) * self._own(x, a)
+        if len(x) == 1:
+            return own
+        pairs, factors = self._levels()
+        products = dot(x[None] * factors, jnp.swapaxes(a[None] * factors, 1, 2))
+        return own + jnp.sum(pairs * products, axis=0)
 
     def read(self, dot, x, a, d):
         if self.side == "in":
             return dot(self.scores(dot, x, a), d)
         a, d = self._narrow(a, d)
-        products = dot(x, a.T)
-        total = self._own(x, a) * d
-        for pairs, factor in self._levels():
-            total = total + factor * dot(pairs * products, factor * d)
-        return total
+        own = self._own(x, a) * d
+        if len(x) == 1:
+            return own
+        pairs, factors = self._levels()
+        mixed = dot(pairs * dot(x, a.T)[None], factors * d[None])
+        return own + jnp.sum(factors * mixed, axis=0)
 
     def end(self, dot, a, d):
         later = np.tri(self.log_keep.shape[0], k=-1).T

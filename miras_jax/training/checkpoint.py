@@ -19,12 +19,10 @@ chooses is broadcast.
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
 import math
-import os
 import shutil
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +35,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from miras_jax.errors import UserError
+from miras_jax.training import manifest as manifests
+from miras_jax.training.manifest import Damage, Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -56,22 +56,6 @@ class Restored(NamedTuple):
     state: Any
     data: dict
     loss: float | None
-
-
-class Manifest(NamedTuple):
-    """What a step was when it was committed: its loss, and sha256 by file name."""
-
-    loss: float | None
-    files: dict[str, str]
-
-    def seal(self) -> str:
-        """A digest of the manifest itself."""
-        text = json.dumps([self.loss, self.files], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-class _Damage(Exception):
-    """A step differs from what was saved; the message names the file."""
 
 
 class Checkpoints:
@@ -172,7 +156,7 @@ class Checkpoints:
         )
 
     def restore(self, abstract_state: Any, *, config: dict) -> Restored | None:
-        """The newest step that verifies, or None if there is no step at all.
+        """The newest step that verifies, or None if no step was ever finished.
 
         `abstract_state` is a pytree of jax.ShapeDtypeStruct with shardings, which may
         be those of another mesh than the one that saved. Raises UserError if no step
@@ -215,10 +199,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if jax.process_index() != 0:
             return
-        folder = self._step_path(step)
-        files = (path for path in folder.rglob("*") if path.is_file())
-        digests = {str(path.relative_to(folder)): _sha256(path) for path in files}
-        _write_manifest(self._manifest_path(step), Manifest(loss, digests))
+        digests = manifests.digests(self._step_path(step))
+        manifests.write(self._manifest_path(step), Manifest(loss, digests))
 
         steps, losses = self.steps(), self._losses()
         best = min(losses, key=losses.get, default=None)
@@ -239,6 +221,8 @@ class Checkpoints:
         chosen = _NO_WHOLE_STEP if candidates else _NO_STEP
         if jax.process_index() == 0:
             chosen = next(filter(self._verified, candidates), chosen)
+            if chosen == _NO_WHOLE_STEP and self._is_unfinished(candidates):
+                chosen = _NO_STEP
         if jax.process_count() > 1:
             chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
         if chosen == _NO_STEP:
@@ -269,8 +253,13 @@ class Checkpoints:
         difference = _first_difference(_describe(state), _describe(abstract_state))
         self._refuse(difference, "is of another model")
         self._position = chosen
-        loss = _read_manifest(self._manifest_path(chosen)).loss
+        loss = manifests.read(self._manifest_path(chosen)).loss
         return Restored(chosen, state, stored.data, loss)
+
+    def _is_unfinished(self, candidates: list[int]) -> bool:
+        """Whether there is but the first step of a run that was killed between its
+        commit and its manifest: nothing was lost that had been promised."""
+        return len(candidates) == 1 and not self._manifest_path(candidates[0]).exists()
 
     def _refuse(self, difference: str | None, what: str) -> None:
         if difference is not None:
@@ -305,30 +294,30 @@ class Checkpoints:
 
     def _losses(self) -> dict[int, float]:
         """The loss of each step that was saved with one."""
-        manifests = {step: self._manifest(step) for step in self.steps()}
+        found = {step: self._manifest(step) for step in self.steps()}
         return {
             step: manifest.loss
-            for step, manifest in manifests.items()
+            for step, manifest in found.items()
             if manifest is not None and manifest.loss is not None
         }
 
     def _manifest(self, step: int) -> Manifest | None:
         """The step's manifest; a warning and None if it is lost."""
         try:
-            return _read_manifest(self._manifest_path(step))
-        except _Damage as damage:
+            return manifests.read(self._manifest_path(step))
+        except Damage as damage:
             return self._report(step, damage)
 
     def _verified(self, step: int) -> Manifest | None:
         """The step's manifest if all files match it; otherwise a warning and None."""
         try:
-            manifest = _read_manifest(self._manifest_path(step))
-            _verify(self._step_path(step), manifest)
+            manifest = manifests.read(self._manifest_path(step))
+            manifests.verify(self._step_path(step), manifest)
             return manifest
-        except _Damage as damage:
+        except Damage as damage:
             return self._report(step, damage)
 
-    def _report(self, step: int, damage: _Damage) -> None:
+    def _report(self, step: int, damage: Damage) -> None:
         self._damaged.add(step)
         logger.warning(
             "checkpoint step %d in %s is skipped: %s", step, self.directory, damage
@@ -353,49 +342,6 @@ def _prepare(directory: Path) -> None:
             f"cannot write checkpoints to {directory} ({error.strerror}): give a "
             "writable --workdir"
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_manifest(path: Path, manifest: Manifest) -> None:
-    """Whole or not at all, also when the machine loses power."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "w") as file:
-        json.dump({**manifest._asdict(), "seal": manifest.seal()}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _read_manifest(path: Path) -> Manifest:
-    try:
-        stored = json.loads(path.read_bytes())
-        manifest = Manifest(stored["loss"], stored["files"])
-        if stored["seal"] == manifest.seal():
-            return manifest
-    except OSError as error:
-        raise _Damage(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise _Damage(f"{path}: not the manifest that was written")
-
-
-def _verify(folder: Path, manifest: Manifest) -> None:
-    for name, digest in manifest.files.items():
-        try:
-            found = _sha256(folder / name)
-        except OSError as error:
-            raise _Damage(f"{folder / name}: {error.strerror}") from error
-        if found != digest:
-            raise _Damage(f"{folder / name}: not the bytes that were written")
 
 
 def _as_json(value: Any) -> Any:

@@ -33,8 +33,8 @@ class Optimizer(Choice):
 
 @dataclass(frozen=True, repr=False)
 class Guard(Choice):
-    """Against a NaN or a spike: the update is skipped, and after `limit` in a row the run
-    stops. A spike is a loss above `spike` times its running mean."""
+    """Against a NaN or a spike: the update is skipped, and after `limit` in a row the
+    run stops. A spike is a loss above `spike` times its running mean."""
 
     spike: float = 2.0
     limit: int = 10
@@ -87,7 +87,7 @@ def load_experiment(path: str | Path) -> Experiment:
         make = getattr(module, "experiment", None)
         if not callable(make):
             raise UserError(
-                f"{path} defines no function experiment(); see experiments/quickstart.py"
+                f"{path} has no function experiment(); see experiments/quickstart.py"
             )
         experiment = make()
     except (UserError, KeyboardInterrupt, SystemExit):

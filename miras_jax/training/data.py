@@ -132,15 +132,33 @@ def prepare(config: TextFiles, directory: str | Path) -> Prepared:
                     },
                 }
                 _tokenise(config, sources, record, directory)
+    return _open(directory, record)
+
+
+def load(directory: str | Path) -> Prepared:
+    """What `prepare` left in `directory`, without the texts that it came from.
+
+    UserError if it is missing or damaged.
+    """
+    directory = Path(directory)
+    record = _whole_record(directory)
+    if record is None:
+        raise UserError(
+            f"{directory} holds no whole prepared text; miras train prepares it again"
+        )
+    return _open(directory, record)
+
+
+def _open(directory: Path, record: dict) -> Prepared:
     return Prepared(
         tokenizer=tokenizers.load(directory / "tokenizer.json"),
-        context_length=config.context_length,
+        context_length=record["config"]["context_length"],
         train=np.load(directory / "train.npy", mmap_mode="r"),
         heldout=np.load(directory / "heldout.npy", mmap_mode="r"),
         train_bytes=record["train"]["bytes"],
         heldout_bytes=record["heldout"]["bytes"],
         heldout_words=record["heldout"]["words"],
-        fingerprint=fingerprint,
+        fingerprint=record["fingerprint"],
     )
 
 
@@ -325,12 +343,18 @@ def _tokenise(
 
 def _matching_record(directory: Path, fingerprint: str) -> dict | None:
     """Return `prepared.json` if all there is whole and what `fingerprint` names."""
+    record = _whole_record(directory)
+    return record if record and record["fingerprint"] == fingerprint else None
+
+
+def _whole_record(directory: Path) -> dict | None:
+    """Return `prepared.json` if its seal and the hashes of all outputs are right."""
     try:
         record = json.loads((directory / "prepared.json").read_text())
         whole = record["seal"] == _seal(record) and all(
             record["outputs"][name] == _sha256(directory / name) for name in _OUTPUTS
         )
-        return record if whole and record["fingerprint"] == fingerprint else None
+        return record if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

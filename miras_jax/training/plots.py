@@ -79,8 +79,8 @@ def plot_by_position(
 ) -> Path:
     """Draw the loss by position in the context, one curve per model.
 
-    `curves[name][i]` is the mean loss in nats of the token with `i` tokens before it
-    in the context, `[L]`; lengths may differ. The position axis is logarithmic, and
+    `curves[name][i]` is the mean loss in nats of the token with `i + 1` tokens before
+    it in the context, `[L]`; lengths may differ. The position axis is logarithmic, and
     the strong line is the mean over each of its small equal parts. Writes a PNG of
     800 x 500 pixels to `path` and returns it.
     """

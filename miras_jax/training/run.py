@@ -7,6 +7,7 @@ WORKDIR/metrics.csv     and evaluations.csv, tensorboard/, loss.png
 """
 
 import dataclasses
+import hashlib
 import json
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,12 +19,12 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from miras_jax import compiler
 from miras_jax.errors import UserError
 from miras_jax.nn.functional import FunctionalModel
 from miras_jax.training import data, serial, sharding, step
-from miras_jax.training import tokenizer as tokenizers
 from miras_jax.training.checkpoint import Checkpoints, Restored
-from miras_jax.training.config import Experiment
+from miras_jax.training.config import Experiment, Mesh
 from miras_jax.training.step import TrainState
 from miras_jax.training.tokenizer import Tokenizer
 
@@ -33,6 +34,7 @@ class Totals(NamedTuple):
 
     losses: np.ndarray  # [L], nats
     counts: np.ndarray  # [L], tokens
+    whole: bool = True  # False: some process was asked to stop before the last window
 
     @property
     def loss(self) -> float:
@@ -58,22 +60,23 @@ class Run:
             )
         try:
             experiment = serial.from_json(json.loads(path.read_text()))
+            if not isinstance(experiment, Experiment):
+                raise UserError("it describes no experiment")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         # Reading a run needs no particular mesh: use the devices that are here.
-        return cls(
-            dataclasses.replace(experiment, mesh=type(experiment.mesh)()), workdir
-        )
+        run = cls(dataclasses.replace(experiment, mesh=Mesh()), workdir)
+        # What it was trained on, whatever has become of the texts since.
+        run.prepared = data.load(run.workdir / "data")
+        return run
 
     @cached_property
     def prepared(self) -> data.Prepared:
         return data.prepare(self.experiment.data, self.workdir / "data")
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
-        """As prepared with the data; a trained run has it without the texts."""
-        path = self.workdir / "data" / "tokenizer.json"
-        return tokenizers.load(path) if path.is_file() else self.prepared.tokenizer
+        return self.prepared.tokenizer
 
     @cached_property
     def model(self) -> FunctionalModel:
@@ -138,10 +141,12 @@ class Run:
 
     @property
     def identity(self) -> dict:
-        """What a checkpoint must agree with to be of this model."""
+        """What a checkpoint must agree with to be of this model and vocabulary."""
+        vocabulary = (self.workdir / "data" / "tokenizer.json").read_bytes()
         return {
             "model": serial.to_json(self.experiment.model),
             "tokenizer": serial.to_json(self.experiment.data.tokenizer),
+            "vocabulary sha256": hashlib.sha256(vocabulary).hexdigest(),
         }
 
     def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
@@ -197,6 +202,7 @@ class Run:
         )
         return jax.jit(
             function,
+            compiler_options=compiler.options(),
             donate_argnums=0,
             in_shardings=(
                 self.state_shardings,
@@ -211,6 +217,7 @@ class Run:
         batch = self.batch_sharding
         return jax.jit(
             partial(step.evaluate_step, self.model),
+            compiler_options=compiler.options(),
             in_shardings=(self.parameter_shardings, batch, batch, self.flag_sharding),
             out_shardings=self.replicated,
         )
@@ -219,16 +226,20 @@ class Run:
         """Held-out loss by position; `stop()` is asked before every batch.
 
         Every token is predicted once, from at most `context_length` tokens before it.
-        Returns what was summed until then if asked to stop.
+        What was summed until then, if any process was asked to stop.
         """
+        # A run that was trained elsewhere may have a batch that these devices do not
+        # divide; evaluation does not depend on it.
+        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         batches = data.heldout_batches(
             self.prepared,
-            self.experiment.batch_size,
+            -(-self.experiment.batch_size // rows) * rows,
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
             limit=windows,
         )
         losses = counts = np.zeros(self.prepared.context_length)
+        stopped = False
         for tokens, weights in batches:
             flags = self.stop_flags(bool(stop and stop()))
             loss, count, stopped = self.evaluate_step(
@@ -238,4 +249,4 @@ class Run:
             counts = counts + np.asarray(count, np.float64)
             if stopped:
                 break
-        return Totals(losses, counts)
+        return Totals(losses, counts, whole=not stopped)

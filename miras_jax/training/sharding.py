@@ -1,8 +1,8 @@
 """Logical axis names to mesh axes: the one place that decides how arrays are split.
 
 The mesh has three axes. Batches are split over data and fsdp; parameters and optimizer
-state over fsdp (the model width) and model (heads, hidden units, vocabulary). One device
-is the mesh 1 x 1 x 1.
+state over fsdp (the model width) and model (heads, hidden units, vocabulary). One
+device is the mesh 1 x 1 x 1.
 """
 
 import math
@@ -32,7 +32,7 @@ def make_mesh(config: Mesh) -> jax.sharding.Mesh:
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or devices % known or (-1 not in sizes and known != devices):
         raise UserError(
-            f"{config} does not fit {devices} devices; their product must be {devices}, "
+            f"{config} does not fit {devices} devices; the product must be {devices}, "
             "with at most one -1"
         )
     sizes = [devices // known if size == -1 else size for size in sizes]
@@ -43,9 +43,14 @@ def make_mesh(config: Mesh) -> jax.sharding.Mesh:
 def parameter_sharding(mesh, name: str, axes, shape) -> NamedSharding:
     """Sharding of one parameter by the logical names of its last axes.
 
-    Leading axes without a name (the stacked layers) are not split.
+    Leading axes without a name (the stacked layers) are not split, nor is a vocabulary
+    that does not divide: bytes and an end make 257, and no user can mend that.
     """
-    names = [None] * (len(shape) - len(axes)) + [RULES[axis] for axis in axes]
+    axes = [None] * (len(shape) - len(axes)) + list(axes)
+    names = [
+        None if axis == "vocab" and size % mesh.shape[RULES[axis]] else RULES[axis]
+        for size, axis in zip(shape, axes, strict=True)
+    ]
     for size, axis in zip(shape, names, strict=True):
         if axis is not None and size % mesh.shape[axis]:
             raise UserError(

@@ -72,6 +72,7 @@ def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformatio
 
 
 def init_state(model: FunctionalModel, optimizer, key: jax.Array) -> TrainState:
+    """The state before the first step."""
     parameters = model.init(key)
     # One array each: the state is donated, and a buffer can be given away only once.
     return TrainState(
@@ -103,15 +104,15 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update on tokens `[B, L + 1]`, skipped if loss or gradient are no good.
 
-    stop `[devices]`: 1 where a process was asked to stop; the sum reaches all of them in
-    the same step.
+    stop `[devices]`: 1 where a process was asked to stop; the sum reaches all of them
+    in the same step.
     """
 
     def loss_of(parameters):
         return jnp.mean(token_losses(model, parameters, tokens))
 
     loss, gradients = jax.value_and_grad(loss_of)(state.parameters)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     first = state.step == state.skipped
     average = jnp.where(first, loss, state.average_loss)
     good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= guard.spike * average)

@@ -1,9 +1,9 @@
 """The training loop, top to bottom: prepare, restore, step, evaluate, save.
 
 Metrics of a step are fetched after the next one was dispatched, so that the host never
-waits for the device. What decides the course of training (parameters, optimizer, position
-in the data) is in the checkpoint; a run that is killed and started again continues
-bit by bit as if it had not been.
+waits for the device. What decides the course of training (parameters, optimizer,
+position in the data) is in the checkpoint; a run that is killed and started again
+continues bit by bit as if it had not been.
 """
 
 import contextlib
@@ -61,28 +61,30 @@ def train(experiment: Experiment, workdir: str | Path) -> Result:
     ):
         restored = checkpoints.restore(run.abstract_state, config=run.identity)
         if restored is None:
-            start, state = 0, run.initial_state()
+            start, state, heldout = 0, run.initial_state(), None
         else:
-            start, state = restored.step, restored.state
+            start, state, heldout = restored.step, restored.state, restored.loss
             batches.set_state(restored.data)
         with _logging(run, start) as log:
-            return _loop(run, state, start, batches, checkpoints, log, stop)
+            return _loop(run, state, start, heldout, batches, checkpoints, log, stop)
 
 
 def _loop(
-    run: Run, state: TrainState, start, batches, checkpoints, log, stop
+    run: Run, state: TrainState, start, heldout, batches, checkpoints, log, stop
 ) -> Result:
     experiment = run.experiment
-    evaluated: tuple[int, float] | None = None
-    saved = start
+    saved = step = start
     pending: tuple[int, Metrics] | None = None
-    step = start
+    stopped = False
+
+    def due(interval: int) -> bool:
+        return step == experiment.steps or step % interval == 0
 
     def evaluate() -> float | None:
         totals = run.evaluate(
             state.parameters, windows=experiment.evaluate_windows, stop=stop.is_set
         )
-        if stop.is_set():
+        if not totals.whole:
             return None  # cut short, not comparable
         log.evaluation(step, totals.loss)
         return totals.loss
@@ -92,34 +94,39 @@ def _loop(
             step, state, data=batches.get_state(), config=run.identity, loss=loss
         )
 
-    while step < experiment.steps:
+    if start and heldout is None and due(experiment.evaluate_every):
+        # The run before was stopped in this evaluation.
+        heldout = evaluate()
+        stopped = heldout is None
+    while step < experiment.steps and not stopped:
         tokens = run.to_devices(next(batches))
         state, metrics = run.train_step(state, tokens, run.stop_flags(stop.is_set()))
         step += 1
         if pending is not None:
             log.step(*pending)
         pending = (step, metrics)
+        if stop.is_set() or jax.process_count() > 1:
+            stopped = bool(metrics.stop)
 
-        last = step == experiment.steps
-        due_to_save = last or step % experiment.checkpoint_every == 0
-        due_to_evaluate = last or step % experiment.evaluate_every == 0
+        due_to_save = due(experiment.checkpoint_every)
+        due_to_evaluate = due(experiment.evaluate_every)
         if due_to_save or due_to_evaluate:
             # Only a checked state is saved, and its metrics come before its evaluation.
             log.step(*pending)
             pending = None
             loss = evaluate() if due_to_evaluate else None
-            evaluated = (step, loss) if loss is not None else evaluated
+            if loss is not None:
+                heldout = loss
+            stopped = stopped or (due_to_evaluate and loss is None)
             if due_to_save:
                 save(loss)
                 saved = step
-        if metrics.stop if stop.is_set() or jax.process_count() > 1 else False:
-            break
     if pending is not None:
         log.step(*pending)
     if saved != step:
         save(None)
     checkpoints.wait()
-    return Result(step, step == experiment.steps, evaluated and evaluated[1])
+    return Result(step, step >= experiment.steps, heldout)
 
 
 class _Log:
@@ -127,7 +134,6 @@ class _Log:
 
     def __init__(self, run: Run, start: int, metrics_log, progress):
         self._run, self._files, self._progress = run, metrics_log, progress
-        self._skipped: int | None = None
 
     def step(self, step: int, metrics: Metrics) -> None:
         values = {
@@ -191,18 +197,26 @@ def _claim(run: Run) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"workdir {run.workdir} cannot be written ({reason}); give another --workdir"
+            f"workdir {run.workdir} cannot be written ({reason}); "
+            "give another --workdir"
         ) from error
     if jax.process_index() != 0:
         return
     path = run.workdir / "config.json"
     if path.is_file() and run.checkpoints(read_only=True).steps():
-        there = Run.open(run.workdir)
-        if there.identity != run.identity:
+        there, ours = json.loads(path.read_text()), serial.to_json(run.experiment)
+        same = there["data"]["tokenizer"] == ours["data"]["tokenizer"]
+        if there["model"] != ours["model"] or not same:
             raise UserError(
-                f"{run.workdir} holds a run of another model or tokenizer; give another "
-                "--workdir, or continue it with its own experiment file"
+                f"{run.workdir} holds a run of another model or tokenizer; give "
+                "another --workdir, or continue it with its own experiment file"
             )
+    rows = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    if run.experiment.batch_size % rows:
+        raise UserError(
+            f"batch_size={run.experiment.batch_size} cannot be split over {rows} "
+            f"devices along data and fsdp; use a multiple of {rows}"
+        )
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(serial.to_json(run.experiment), indent=1))
     temporary.replace(path)

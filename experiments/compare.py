@@ -1,0 +1,114 @@
+"""The quickstart with other sequence layers, at equal parameters and tokens.
+
+    python -m experiments.compare                     # every row, about 5 minutes each
+    python -m experiments.compare moneta transformer  # some of them
+
+Each model takes the place of Yaad in experiments/quickstart.py, with the MLP's hidden
+width chosen so that the parameter count comes nearest to Yaad's; data, order, optimizer
+and seed are the same. Runs go to runs/compare/NAME and continue where they stopped; the
+table and the plot by position go to experiments/results/compare.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.quickstart import experiment as quickstart
+from miras_jax import variants
+from miras_jax.evaluation import perplexity
+from miras_jax.nn.attention import Attention
+from miras_jax.nn.functional import FunctionalModel
+from miras_jax.nn.miras import Miras
+from miras_jax.training.config import Experiment
+from miras_jax.training.metrics import read_table
+from miras_jax.training.plots import plot_by_position
+from miras_jax.training.run import Run
+from miras_jax.training.train import train
+
+HEADS = 4
+WINDOW = 64
+RULES = ("yaad", "moneta", "memora", "titans", "ttt_mlp", "gated_delta_net")
+MIXERS = {
+    **{name: (Miras(getattr(variants, name)(), HEADS),) for name in RULES},
+    "linear_attention": (Miras(variants.linear_attention(), HEADS),),
+    "yaad_hybrid": (Miras(variants.yaad(), HEADS), Attention(HEADS, WINDOW)),
+    "transformer": (Attention(HEADS),),
+}
+RESULTS = Path(__file__).parent / "results" / "compare"
+
+
+def experiment(name: str, base: Experiment) -> Experiment:
+    """`base` with other mixers and as many parameters, to the nearest hidden width."""
+    target = FunctionalModel(base.model, base.data.tokenizer.vocab_size).size
+    model = dataclasses.replace(base.model, mixers=MIXERS[name])
+
+    def size(hidden: int) -> int:
+        candidate = dataclasses.replace(model, hidden=hidden)
+        return FunctionalModel(candidate, base.data.tokenizer.vocab_size).size
+
+    # The count is affine in the hidden width.
+    first, step = size(8), size(16) - size(8)
+    hidden = 8 + 8 * round((target - first) / step)
+    return dataclasses.replace(base, model=dataclasses.replace(model, hidden=hidden))
+
+
+def run_one(name: str, base: Experiment, folder: Path) -> tuple[dict, np.ndarray]:
+    """Train and evaluate one model: its row of the table, its losses by position."""
+    workdir = folder / name
+    train(experiment(name, base), workdir)
+    run = Run.open(workdir)
+    restored = run.restore("best")
+    totals = run.evaluate(restored.state.parameters)
+    quality = perplexity.quality(totals, run.prepared)
+    speed = read_table(workdir / "metrics.csv")["tokens_per_second"]
+    row = {
+        "model": name,
+        "parameters": f"{run.model.size / 1e6:.2f} M",
+        "bits per byte": f"{quality.bits_per_byte:.3f}",
+        "token perplexity": f"{quality.token_perplexity:.1f}",
+        "word perplexity": f"{quality.word_perplexity:.0f}",
+        "tokens/s": f"{np.nanmedian(speed):,.0f}",
+        "best step": f"{restored.step}",
+    }
+    return row, perplexity.by_position(totals)
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as a Markdown table."""
+    header = list(rows[0])
+    lines = [header, ["---"] * len(header), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MIXERS))
+    parser.add_argument("--steps", type=int, help="instead of the quickstart's")
+    parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(MIXERS)
+    if unknown:
+        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(MIXERS)}")
+    base = quickstart()
+    if arguments.steps:
+        base = dataclasses.replace(base, steps=arguments.steps)
+    rows, curves = [], {}
+    for name in arguments.names or MIXERS:
+        print(f"\n{name}", flush=True)
+        row, curves[name] = run_one(name, base, arguments.folder)
+        rows.append(row)
+        # One process compiles every model: let go of what the last one left.
+        jax.clear_caches()
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    (arguments.results / "table.md").write_text(table(rows) + "\n")
+    title = "Held-out loss by position in the context"
+    plot_by_position(curves, arguments.results / "loss_by_position.png", title=title)
+    print(f"\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    main()

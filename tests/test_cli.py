@@ -1,0 +1,369 @@
+"""The commands as they are typed: what they print, write and exit with."""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+from miras_jax.cli import main
+from miras_jax.core import variants
+from miras_jax.training import train as training
+from miras_jax.training.metrics import Progress
+from miras_jax.training.run import Run
+
+TRAIN = "It was a truth that a single man must be in want of a wife. " * 40
+HELDOUT = "A single man of large fortune; what a fine thing for our girls! " * 9
+EXPERIMENT = textwrap.dedent(
+    """
+    from miras_jax import variants
+    from miras_jax.nn.miras import Miras
+    from miras_jax.nn.model import Model
+    from miras_jax.training.config import Experiment, Optimizer
+    from miras_jax.training.data import TextFiles
+    from miras_jax.training.tokenizer import Bytes
+
+    def experiment():
+        return Experiment(
+            model=Model(width=32, depth=1, mixers=(Miras(variants.retnet(), 2),)),
+            data=TextFiles(
+                train=("FOLDER/train.txt",),
+                heldout=("FOLDER/heldout.txt",),
+                context_length=32,
+                tokenizer=Bytes(),
+            ),
+            optimizer=Optimizer(learning_rate=1e-2, warmup_steps=2),
+            steps=6,
+            batch_size=8,
+            evaluate_every=3,
+            checkpoint_every=3,
+        )
+    """
+)
+
+
+def command(*argv):
+    """Exit status, standard output and standard error of one command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(part) for part in argv])
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compilation_cache_of_the_tests():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", "as the tests have it")
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Texts and the experiment file."""
+    folder = tmp_path_factory.mktemp("experiment")
+    (folder / "train.txt").write_text(TRAIN)
+    (folder / "heldout.txt").write_text(HELDOUT)
+    (folder / "tiny.py").write_text(EXPERIMENT.replace("FOLDER", str(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """The folder of a finished run, and what training printed."""
+    workdir = folder / "run"
+    status, out, err = command("train", folder / "tiny.py", "--workdir", workdir)
+    assert status == 0, err
+    return workdir, out, err
+
+
+def changed(folder, old, new):
+    """Another experiment file, beside the first."""
+    text = (folder / "tiny.py").read_text()
+    assert old in text
+    path = folder / f"tiny{abs(hash(new))}.py"
+    path.write_text(text.replace(old, new))
+    return path
+
+
+def number(text, name):
+    return float(re.search(rf"^ *{name} +([\d.,]+)", text, re.M)[1].replace(",", ""))
+
+
+def nats_by_hand(workdir):
+    """Of all held-out tokens after the first, in windows of 32."""
+    run = Run.open(workdir)
+    parameters = run.restore("best").state.parameters
+    text = HELDOUT.encode()
+    tokens = np.zeros(-(-len(text) // 32) * 32, np.int32)  # padded at the end
+    tokens[: len(text)] = [256, *text[:-1]]
+    logits, _ = jax.jit(run.model.apply)(parameters, tokens.reshape(-1, 32))
+    rows = np.float64(logits).reshape(len(tokens), -1)
+    return sum(
+        np.log(np.exp(row).sum()) - row[byte]
+        for row, byte in zip(rows, text, strict=False)
+    )
+
+
+def test_training_ends_with_a_summary_of_the_whole_heldout_text(trained):
+    workdir, out, _ = trained
+    nats, size, words = nats_by_hand(workdir), len(HELDOUT), len(HELDOUT.split())
+    windows = -(-size // 32)
+    assert f"on all {windows} held-out windows of 32 tokens" in out
+    bits = number(out, "held-out bits per byte")
+    assert bits == pytest.approx(nats / np.log(2) / size, abs=6e-4)
+    token = number(out, "token perplexity")
+    assert token == pytest.approx(np.exp(nats / size), rel=1e-3)
+    word = number(out, "word perplexity")
+    assert word == pytest.approx(np.exp(nats / words), rel=1e-3)
+    for compressor in ("gzip -9", "xz -9e"):
+        (line,) = (line for line in out.splitlines() if compressor in line)
+        beaten = bits < number(out, f"{compressor} after the training text")
+        assert line.endswith(" beaten") and ("not beaten" in line) != beaten
+    assert str(workdir / "loss.png") in out
+    for name in ("loss.png", "loss_by_position.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_terminal_is_for_what_the_user_can_use(trained):
+    lines = trained[2].splitlines()
+    assert all(line.startswith(("0.0", "step ", "measuring")) for line in lines), lines
+    # The speed of the first step is NaN, of which tensorboardX would warn.
+    assert not logging.getLogger("tensorboardX.x2num").isEnabledFor(logging.WARNING)
+
+
+def test_the_summary_shows_a_sample_and_commands_that_work(trained):
+    workdir, out, _ = trained
+    prompt = re.search(r'80 tokens at .* continue held-out words "(.*)"', out)[1]
+    assert prompt in HELDOUT and len(prompt.split()) == 6
+    assert f"    {prompt}" in out
+    suggested = out.split("\nnext\n")[1].split("\n")
+    commands = [shlex.split(line) for line in suggested if line]
+    assert [c[:2] for c in commands] == [
+        ["miras", "generate"],
+        ["miras", "evaluate"],
+        ["miras", "variants"],
+    ]
+    assert commands[0][2:] == [str(workdir), prompt]
+
+
+def test_training_again_tells_the_same_and_trains_no_further(trained, folder):
+    workdir, out, _ = trained
+    before = (workdir / "metrics.csv").read_text()
+    again = command("train", folder / "tiny.py", "--workdir", workdir)
+    assert again[:2] == (0, out)
+    assert (workdir / "metrics.csv").read_text() == before
+
+
+def test_a_signal_ends_training_with_the_command_to_continue(
+    folder, monkeypatch, tmp_path
+):
+    update = Progress.update
+
+    def interrupted(self, step, loss):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(self, step, loss)
+
+    argv = ["train", folder / "tiny.py", "--workdir", tmp_path / "my run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", interrupted)
+        status, out, _ = command(*argv)
+    assert status == 0 and out.count("\n") == 1
+    step, given = re.match(
+        r"stopped and saved at step (\d) of 6; to continue: (.*)", out
+    ).groups()
+    assert 2 <= int(step) < 6
+    assert shlex.split(given) == ["miras", *map(str, argv)]
+    status, out, err = command(*shlex.split(given)[1:])
+    assert status == 0 and f"from step {step}" in err and "step 6" in out
+
+
+def test_a_diverged_training_is_one_line_and_status_3(folder, monkeypatch):
+    def diverge(*_):
+        raise training.Diverged("training diverged: lower\nthe learning rate")
+
+    monkeypatch.setattr(training, "train", diverge)
+    expected = (3, "", "miras: training diverged: lower the learning rate\n")
+    assert command("train", folder / "tiny.py") == expected
+
+
+def test_steps_seed_and_default_folder_of_a_run(folder, monkeypatch):
+    runs = []
+
+    def stopped(experiment, workdir):
+        runs.append((experiment.steps, experiment.seed, str(workdir)))
+        return training.Result(1, False, None)
+
+    monkeypatch.setattr(training, "train", stopped)
+    assert command("train", folder / "tiny.py", "--steps", 9, "--seed", 7)[0] == 0
+    assert command("train", folder / "tiny.py", "--workdir", "here")[0] == 0
+    assert runs == [(9, 7, "runs/tiny"), (6, 0, "here")]
+
+
+def test_generate_continues_the_prompt_the_same_for_the_same_seed(trained):
+    workdir = trained[0]
+
+    def text(*options):
+        status, out, err = command(
+            "generate", workdir, "A single", "--length", 30, *options
+        )
+        assert (status, err) == (0, "")
+        assert out.startswith("A single") and len(out) > len("A single\n")
+        return out
+
+    assert text("--seed", 1) == text("--seed", 1) != text("--seed", 2)
+    assert text("--temperature", 0) == text("--temperature", 0, "--seed", 2)
+
+
+def test_generate_needs_no_prompt(trained):
+    assert command("generate", trained[0], "--length", 5)[0] == 0
+
+
+def test_evaluate_prints_the_loss_by_position_and_draws_it(trained):
+    workdir, summary, _ = trained
+    plot = workdir / "loss_by_position.png"
+    plot.unlink()
+    status, out, _ = command("evaluate", workdir)
+    assert status == 0 and str(plot) in out and plot.is_file()
+    for name in ("held-out bits per byte", "token perplexity", "word perplexity"):
+        assert number(out, name) == number(summary, name)
+    contexts = re.findall(r"^(\d+(?: to \d+)?) +[\d.]+$", out, re.M)
+    assert contexts == ["1", "2", "3 to 4", "5 to 8", "9 to 16", "17 to 32"]
+
+
+def test_evaluate_can_read_a_part(trained):
+    out = command("evaluate", trained[0], "--windows", 3)[1]
+    assert "on 3 of 18 held-out windows" in out and out.count("estimated") == 2
+
+
+def test_variants_lists_every_named_rule():
+    status, out, _ = command("variants")
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    assert status == 0 and {make.__name__ for make in variants.ALL} < set(rows)
+    # Two matrices of 64 x 256, and the same again at the chunk's start.
+    assert rows["yaad"][1:] == "64 65,536 MLP, Huber, Decay, GradientDescent".split()
+    assert rows["retnet"][1:3] == ["1", "4,096"]
+    assert "Miras, eq. 26" in out
+
+
+def refused(*argv):
+    status, out, err = command(*argv)
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["fly"], "invalid choice: 'fly'"),
+        (["train"], "required: FILE (see miras train --help)"),
+        (["train", "missing.py"], "missing.py is no file"),
+        (["train", "{folder}/train.txt"], "is no Python file"),
+        (["train", "{folder}/tiny.py", "--steps", "0"], "steps must be at least 1"),
+        (["train", "{folder}/tiny.py", "--steps", "x"], "invalid int value: 'x'"),
+        (["train", "{folder}/tiny.py", "--seed", "-1"], "no whole number from 0"),
+        (
+            ["train", "{folder}/tiny.py", "--workdir", "{folder}/train.txt/run"],
+            "cannot be written",
+        ),
+        (["generate", "{folder}/nowhere"], "holds no run"),
+        (["generate", "{run}", "a", "--length", "0"], "length is 0; generate at"),
+        (["generate", "{run}", "a", "--temperature", "-1"], "temperature is -1.0;"),
+        (["generate", "{run}", "a", "--top-p", "0"], "top_p is 0.0; give more"),
+        (["generate", "{run}", "a", "--top-p", "nan"], "top_p is nan; give more"),
+        (["generate", "{run}", "\udcff"], "the prompt is not valid text"),
+        (["evaluate", "{folder}"], "holds no run (no config.json)"),
+        (["evaluate", "{run}", "--windows", "0"], "--windows is 0"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(trained, folder, argv, message):
+    argv = [part.format(folder=folder, run=trained[0]) for part in argv]
+    error = refused(*argv)
+    assert error.startswith("miras: ") and message in error
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("def experiment", "def other", "has no function experiment()"),
+        ("steps=6", "steps=", "cannot be run as an experiment: SyntaxError"),
+        ("return Experiment(", "return dict(", "returned a dict"),
+        ("heldout.txt", "empty.txt", "holds no text"),
+        ("train.txt", "*.md", "no file matches"),
+    ],
+)
+def test_an_experiment_that_cannot_run_is_one_line(folder, tmp_path, old, new, message):
+    (folder / "empty.txt").touch()
+    file = changed(folder, old, new)
+    assert message in refused("train", file, "--workdir", tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_model_is_one_line(trained, folder, tmp_path):
+    file = changed(folder, "width=32", "width=64")
+    error = refused("train", file, "--workdir", trained[0])
+    assert "a run of another model or tokenizer" in error
+    copy = tmp_path / "run"
+    shutil.copytree(trained[0], copy)
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace('"width": 32', '"width": 64'))
+    assert "has another config: model.width" in refused("generate", copy)
+    (copy / "config.json").write_text(config[:-9])
+    assert "config.json cannot be read" in refused("generate", copy)
+    (copy / "config.json").write_text(config)
+    shutil.rmtree(copy / "checkpoints")
+    assert "holds no checkpoint yet" in refused("generate", copy)
+
+
+def test_interrupting_is_quiet(trained, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "restore", interrupt)
+    assert command("generate", trained[0]) == (130, "", "")
+
+
+def subprocess_of(code, *argv):
+    # Buffered, as it is for users: what is left in the buffer must not surface.
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=buffered,
+    )
+
+
+def test_a_reader_that_leaves_ends_it_quietly():
+    code = "import sys; from miras_jax.cli import main; sys.exit(main())"
+    with subprocess_of(code, "variants") as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+def test_help_imports_nothing_slow():
+    code = """
+import sys
+from miras_jax.cli import main
+for command in ([], ["train"], ["generate"], ["evaluate"], ["variants"]):
+    try:
+        main([*command, "--help"])
+    except SystemExit as end:
+        assert end.code == 0
+slow = {"jax", "flax", "numpy", "orbax", "grain", "matplotlib", "tokenizers"}
+sys.exit(str(sorted(slow & set(sys.modules))) if slow & set(sys.modules) else 0)
+"""
+    process = subprocess_of(code)
+    out, err = process.communicate()
+    assert (err, process.returncode) == ("", 0)
+    assert out.count("usage: miras") == 5 and "--top-p" in out

@@ -1,0 +1,148 @@
+"""Experiments as files and as JSON: exact round trips, and what is refused."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+import experiments.quickstart
+from miras_jax import variants
+from miras_jax.core.types import Choice
+from miras_jax.errors import UserError
+from miras_jax.nn.attention import Attention
+from miras_jax.nn.miras import Miras, RateChoices
+from miras_jax.nn.model import Model
+from miras_jax.nn.rates import Fixed, LowRank, PerHead
+from miras_jax.training.config import load_experiment
+from miras_jax.training.serial import from_json, to_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder(Choice):
+    """What a user may write: a choice with a function among its fields."""
+
+    function: object
+    others: tuple = ()
+
+
+def double(x):
+    return 2 * x
+
+
+def through_json(value):
+    return from_json(json.loads(json.dumps(to_json(value))))
+
+
+MODELS = [Model(mixers=(Miras(make(), num_heads=2),), depth=2) for make in variants.ALL]
+OTHERS = [
+    experiments.quickstart.experiment(),
+    Model(mixers=(Miras(variants.yaad()), Attention(window=128))),
+    Miras(
+        variants.titans(),
+        rates=RateChoices(
+            learn=PerHead("sigmoid", (0.1, 0.5)),
+            keep=Fixed((0.01, 0.1), "keep"),
+            momentum=LowRank("softplus", (1.0, 4.0), rank=8),
+        ),
+    ),
+    Holder(double, (double, (1, None, "x", True), 0.1)),
+]
+
+
+@pytest.mark.parametrize("value", MODELS + OTHERS)
+def test_round_trip(value):
+    back = through_json(value)
+    assert back == value
+    assert type(back) is type(value) and repr(back) == repr(value)
+
+
+def test_every_variant_is_told_from_every_other():
+    texts = [json.dumps(to_json(model)) for model in MODELS]
+    assert len(set(texts)) == len(variants.ALL)
+
+
+def test_every_field_counts():
+    experiment = experiments.quickstart.experiment()
+    for field in dataclasses.fields(experiment):
+        stored = to_json(experiment)
+        del stored[field.name]
+        if field.default is dataclasses.MISSING:
+            with pytest.raises(TypeError, match=field.name):
+                from_json(stored)
+    stored = to_json(experiment) | {"seed": 7}
+    assert from_json(stored) == dataclasses.replace(experiment, seed=7)
+
+
+def test_a_function_is_stored_by_its_name():
+    stored = to_json(double)
+    assert stored == {"is": "function", "name": f"{__name__}.double"}
+    assert from_json(stored) is double
+    assert through_json(Holder(math.sqrt)).function is math.sqrt
+
+
+def test_a_function_without_a_name_of_its_own_is_refused():
+    def local(x):
+        return x
+
+    for function in (lambda x: x, local):
+        with pytest.raises(UserError, match="at the top of a module"):
+            to_json(Holder(function))
+
+
+@pytest.mark.parametrize("name", ["no_such_module.f", f"{__name__}.no_such_name"])
+def test_what_cannot_be_imported_is_named(name):
+    with pytest.raises(UserError, match=f"the run uses {name}"):
+        from_json({"is": "function", "name": name})
+
+
+GOOD = "from experiments.quickstart import experiment\n"
+
+
+def test_an_experiment_is_loaded(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(GOOD)
+    assert load_experiment(path) == experiments.quickstart.experiment()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("none.py", None, "none.py is no file"),
+        ("folder.py", ..., "folder.py is no file"),
+        ("mine.txt", GOOD, "mine.txt is no Python file"),
+        ("mine", GOOD, "mine is no Python file"),
+        ("bad.py", "def experiment(:\n", "bad.py cannot be run .*SyntaxError"),
+        ("empty.py", "x = 1\n", "has no function experiment"),
+        ("value.py", "experiment = 3\n", "has no function experiment"),
+        ("wrong.py", "def experiment():\n    return 3\n", "returned a int"),
+        ("fails.py", "def experiment():\n    return 1 / 0\n", "ZeroDivisionError"),
+        ("imports.py", "import no_such_module\n", "ModuleNotFoundError.*no_such_mod"),
+    ],
+)
+def test_what_is_no_experiment_is_refused(name, text, message, tmp_path):
+    path = tmp_path / name
+    if text is ...:
+        path.mkdir()
+    elif text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_experiment(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_user_error_in_the_file_is_not_wrapped(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from miras_jax.errors import UserError\nraise UserError('lower the steps')\n"
+    )
+    with pytest.raises(UserError, match="^lower the steps$"):
+        load_experiment(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["steps", "batch_size", "evaluate_every", "checkpoint_every"]
+)
+def test_intervals_start_at_one(name):
+    with pytest.raises(UserError, match=f"Experiment.{name} must be at least 1; got 0"):
+        dataclasses.replace(experiments.quickstart.experiment(), **{name: 0})
