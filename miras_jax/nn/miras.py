@@ -39,7 +39,10 @@ def default_rates(rule: Rule, channels: int) -> RateChoices:
     learn: of a deep memory 0.002 to 0.02, of a plain matrix 0.5, half of the error.
     keep: 0.001 to 0.1 forgotten per token, half-lives of 700 to 7 tokens.
     momentum: 0.5 to 0.9.
-    threshold: half to twice sqrt(channels), the norm of values of unit variance.
+    threshold: 1.5 to 3 times sqrt(channels), the norm of values of unit variance, so
+    that at first only outliers switch Huber's form. Beyond its threshold delta the
+    "switch" form has slope 10 delta at small residuals; with half of the tokens beyond
+    it the outer gradient of an untrained Yaad is hundreds of times larger.
 
     Channel-wise of rank 32 for deep memories, where the rule allows it; else, and for
     momentum rules and plain matrices, one per token and head.
@@ -53,7 +56,7 @@ def default_rates(rule: Rule, channels: int) -> RateChoices:
         "learn": learn,
         "keep": make("keep", (0.001, 0.1)),
         "momentum": rate_choices.PerHead("sigmoid", (0.5, 0.9)),
-        "threshold": rate_choices.LowRank("softplus", (0.5 * size, 2 * size)),
+        "threshold": rate_choices.LowRank("softplus", (1.5 * size, 3 * size)),
     }
     return RateChoices(**{name: choices[name] for name in rule.rates})
 

@@ -105,8 +105,9 @@ class LanguageModel(nnx.Module):
 
     The groups of blocks are stacked along a leading axis of every parameter and
     scanned, so that compilation time does not grow with depth. The embedding is normal
-    with standard deviation 0.02 (tied: the same matrix gives logits near zero from the
-    normalised stream); blocks see it through a norm.
+    with standard deviation 0.02, which gives a tied output small first logits, and
+    enters the stream times sqrt(width) (Gemma): otherwise what the blocks add would
+    drown which token was read.
     """
 
     def __init__(self, config: Model, vocab_size: int, rngs: nnx.Rngs):
@@ -141,7 +142,8 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, tokens: jax.Array, cache: Any = None) -> tuple[jax.Array, Any]:
         """Logits and the cache after these tokens (None if none was given)."""
-        x = self.embedding[...][tokens].astype(self.config.compute_dtype)
+        x = self.embedding[...][tokens] * self.config.width**0.5
+        x = x.astype(self.config.compute_dtype)
         graph, params = nnx.split(self.groups)
 
         def read_group(x, inputs):
