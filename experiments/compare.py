@@ -28,7 +28,7 @@ from miras_jax.training.plots import plot_by_position
 from miras_jax.training.run import Run
 from miras_jax.training.train import train
 
-HEADS = 4
+HEADS = 3
 WINDOW = 64
 RULES = ("yaad", "moneta", "memora", "titans", "ttt_mlp", "gated_delta_net")
 MIXERS = {

@@ -24,17 +24,17 @@ TRAIN = (
 
 def experiment() -> Experiment:
     return Experiment(
-        model=Model(width=256, depth=4, mixers=(Miras(variants.yaad(), num_heads=4),)),
+        model=Model(width=192, depth=4, mixers=(Miras(variants.yaad(), num_heads=3),)),
         data=TextFiles(
             train=tuple(str(AUSTEN / f"{name}.txt") for name in TRAIN),
             heldout=(str(AUSTEN / "persuasion.txt"),),
             context_length=256,
             tokenizer=BPE(vocab_size=2048),
         ),
-        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=40),
-        steps=500,
+        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=20),
+        steps=300,
         batch_size=8,
-        evaluate_every=100,
+        evaluate_every=50,
         evaluate_windows=32,
         checkpoint_every=100,
     )

@@ -9,7 +9,9 @@ from pathlib import Path
 DEVICES = "--xla_force_host_platform_device_count"
 flags = os.environ.get("XLA_FLAGS", "")
 if DEVICES not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} {DEVICES}=8".strip()
+    # Eight devices on few cores may wait long for each other before XLA gives up.
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+    os.environ["XLA_FLAGS"] = f"{flags} {DEVICES}=8 {patience}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402

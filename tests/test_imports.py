@@ -25,7 +25,7 @@ LAYERS = (
     ("miras_jax.nn",),
     ("miras_jax",),  # the package itself: what it re-exports of core
     ("miras_jax.core",),
-    ("miras_jax.errors",),
+    ("miras_jax.errors", "miras_jax.compiler"),
     ("pallas_kernels",),
 )
 """From the top: a module may import its own layer and those below."""

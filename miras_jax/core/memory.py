@@ -50,8 +50,9 @@ def layer_norm(x: jax.Array, params: Params) -> jax.Array:
 
 
 def _with_norm(weights: tuple[jax.Array, ...], value_dim: int) -> Params:
-    # Scale 1 and bias 0: the plain normalisation.
-    return Params(weights, jnp.ones(value_dim), jnp.zeros(value_dim))
+    # Scale 1 / sqrt(V): the normalised part then has norm one, like the key that is
+    # added to it, and like values of variance 1 / V.
+    return Params(weights, jnp.full(value_dim, value_dim**-0.5), jnp.zeros(value_dim))
 
 
 def _same_width(name: str, key_dim: int, value_dim: int) -> None:

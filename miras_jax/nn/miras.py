@@ -33,16 +33,16 @@ class RateChoices(Choice):
     threshold: rate_choices.Rate | None = None
 
 
-def default_rates(rule: Rule, channels: int) -> RateChoices:
-    """What an untrained layer of head dimension `channels` starts from.
+def default_rates(rule: Rule) -> RateChoices:
+    """What an untrained layer starts from, where a model does not say otherwise.
 
-    learn: of a deep memory 0.002 to 0.02, of a plain matrix 0.5, half of the error.
+    learn: of a deep memory 0.03 to 0.3, of a plain matrix 0.5, half of the error.
     keep: 0.001 to 0.1 forgotten per token, half-lives of 700 to 7 tokens.
     momentum: 0.5 to 0.9.
-    threshold: 1.5 to 3 times sqrt(channels), the norm of values of unit variance, so
-    that at first only outliers switch Huber's form. Beyond its threshold delta the
-    "switch" form has slope 10 delta at small residuals; with half of the tokens beyond
-    it the outer gradient of an untrained Yaad is hundreds of times larger.
+    threshold: 0.1 to 0.5, where residuals begin with a norm of about 1.5. Beyond its
+    threshold delta, Huber's form "switch" has slope 10 delta at small residuals, so
+    that thresholds near 0.1 join the two branches smoothly; at values of unit variance
+    and thresholds of their norm, the outer gradient is hundreds of times larger.
 
     Channel-wise of rank 32 for deep memories, where the rule allows it; else, and for
     momentum rules and plain matrices, one per token and head.
@@ -50,13 +50,12 @@ def default_rates(rule: Rule, channels: int) -> RateChoices:
     deep = not rule.memory.is_linear
     channelwise = rule.retention.channelwise and deep and "momentum" not in rule.rates
     make = rate_choices.LowRank if channelwise else rate_choices.PerHead
-    learn = make("softplus", (0.002, 0.02)) if deep else make("sigmoid", (0.5, 0.5))
-    size = channels**0.5
+    learn = make("softplus", (0.03, 0.3)) if deep else make("sigmoid", (0.5, 0.5))
     choices = {
         "learn": learn,
         "keep": make("keep", (0.001, 0.1)),
         "momentum": rate_choices.PerHead("sigmoid", (0.5, 0.9)),
-        "threshold": rate_choices.LowRank("softplus", (1.5 * size, 3 * size)),
+        "threshold": rate_choices.LowRank("softplus", (0.1, 0.5)),
     }
     return RateChoices(**{name: choices[name] for name in rule.rates})
 
@@ -105,7 +104,7 @@ class MirasLayer(nnx.Module):
         self.config = config
         self.qkv = Projection(width, 3 * width, ("embed", "heads"), rngs=rngs)
         self.convolution = CausalConvolution(3 * width, rngs=rngs)
-        choices = config.rates or default_rates(config.rule, channels)
+        choices = config.rates or default_rates(config.rule)
         self.rates = nnx.data(
             {
                 name: getattr(choices, name).build(width, heads, channels, rngs)
@@ -161,6 +160,8 @@ class MirasLayer(nnx.Module):
         indices = position[:, None] + jnp.arange(length)[None]
         queries = l2_normalise(rotate(queries, indices))
         keys = l2_normalise(rotate(keys, indices))
+        # Of norm about one, like keys and the memory's own output.
+        values = values * values.shape[-1] ** -0.5
         rates = Rates(**{name: make(x) for name, make in self.rates.items()})
         tokens = jax.tree.map(
             lambda t: jnp.moveaxis(t, 2, 1), Tokens(queries, keys, values, rates)

@@ -246,7 +246,7 @@ def test_the_scan_is_a_loop_over_blocks_with_their_own_parameters(hybrid):
 
     @jit
     def unrolled(layers):
-        x = lm.embedding[...][tokens]
+        x = lm.embedding[...][tokens] * nn.WIDTH**0.5
         for i in range(2):
             group = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], layers))
             for block in group.blocks:
