@@ -73,7 +73,9 @@ def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformatio
 
 def init_state(model: FunctionalModel, optimizer, key: jax.Array) -> TrainState:
     """The state before the first step."""
-    parameters = model.init(key)
+    # Without weak types (jnp.full(n, 0.5) has one): no update would keep them, and the
+    # train step would be compiled again for its second call.
+    parameters = {name: p.astype(p.dtype) for name, p in model.init(key).items()}
     # One array each: the state is donated, and a buffer can be given away only once.
     return TrainState(
         parameters,
