@@ -11,24 +11,19 @@ import sys
 import time
 from pathlib import Path
 
-# Eight simulated devices share a pool of threads, by default of eight. Programs read
-# from the compilation cache start independent sums over devices in any order, so that
-# a smaller pool can be full of threads that wait for each other.
-os.environ.setdefault("NPROC", "32")
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-
-from miras_jax.errors import UserError  # noqa: E402
-from miras_jax.nn.attention import Attention  # noqa: E402
-from miras_jax.nn.model import Model  # noqa: E402
-from miras_jax.training import data, sharding  # noqa: E402
-from miras_jax.training.checkpoint import Checkpoints  # noqa: E402
-from miras_jax.training.config import Mesh  # noqa: E402
-from miras_jax.training.metrics import read_table  # noqa: E402
-from miras_jax.training.run import Run  # noqa: E402
-from tests.training.test_train import one_device, tiny  # noqa: E402
+from miras_jax.errors import UserError
+from miras_jax.nn.attention import Attention
+from miras_jax.nn.model import Model
+from miras_jax.training import data, sharding
+from miras_jax.training.checkpoint import Checkpoints
+from miras_jax.training.config import Mesh
+from miras_jax.training.metrics import read_table
+from miras_jax.training.run import Run
+from tests.training.test_train import one_device, tiny
 
 STEPS, SAVED = 5, 3
 MESHES = [Mesh(data=8), Mesh(2, 2, 2), Mesh(1, 4, 2)]
