@@ -1,7 +1,7 @@
 """Settings of every test, made before JAX starts: eight CPU devices, strict ranks.
 
-No compilation cache: writing one crashed a test process in XLA:CPU, and programs read
-from one run their sums over devices in any order. JAX_COMPILATION_CACHE_DIR asks for it.
+No compilation cache, because writing one has crashed a test process inside XLA:CPU;
+JAX_COMPILATION_CACHE_DIR asks for it.
 """
 
 import os
