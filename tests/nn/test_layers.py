@@ -219,6 +219,7 @@ def test_miras_layer_with_linear_attention():
     layer, x = shake(mixer.build(WIDTH, 1.0, nnx.Rngs(0))), normal(BATCH, LENGTH, WIDTH)
     mixed = layer.convolution(layer.qkv(x), layer.convolution.start(BATCH, x.dtype))[0]
     queries, keys, values = (heads_of(p) for p in np.split(mixed, 3, axis=-1))
+    values = values / np.sqrt(CHANNELS)
     positions = np.arange(LENGTH)[None]
     queries, keys = (
         part / np.linalg.norm(part, axis=-1, keepdims=True)
