@@ -1,6 +1,6 @@
 """The quickstart with other sequence layers, at equal parameters and tokens.
 
-    python -m experiments.compare                     # every row, about 5 minutes each
+    python -m experiments.compare                     # every row
     python -m experiments.compare moneta transformer  # some of them
 
 Each model takes the place of Yaad in experiments/quickstart.py, with the MLP's hidden

@@ -1,4 +1,4 @@
-"""Yaad on five novels of Jane Austen, judged on the sixth; minutes on two CPU cores.
+"""Yaad on five novels of Jane Austen, judged on the sixth.
 
 miras train experiments/quickstart.py --workdir runs/quickstart
 """

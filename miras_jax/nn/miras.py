@@ -41,8 +41,7 @@ def default_rates(rule: Rule) -> RateChoices:
     momentum: 0.5 to 0.9.
     threshold: 0.1 to 0.5, where residuals begin with a norm of about 1.5. Beyond its
     threshold delta, Huber's form "switch" has slope 10 delta at small residuals, so
-    that thresholds near 0.1 join the two branches smoothly; at values of unit variance
-    and thresholds of their norm, the outer gradient is hundreds of times larger.
+    that thresholds near 0.1 join the two branches smoothly.
 
     Channel-wise of rank 32 for deep memories, where the rule allows it; else, and for
     momentum rules and plain matrices, one per token and head.
