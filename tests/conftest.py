@@ -1,8 +1,4 @@
-"""Settings of every test, made before JAX starts: eight CPU devices, strict ranks.
-
-No compilation cache, because writing one has crashed a test process inside XLA:CPU;
-JAX_COMPILATION_CACHE_DIR asks for it.
-"""
+"""Settings of every test, made before JAX starts: eight CPU devices, strict ranks."""
 
 import os
 
@@ -21,6 +17,17 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Let go of a module's compiled programs once its tests are through.
+
+    Each one maps memory of its own, Linux grants a process 65,530 such maps, and XLA
+    crashes without a word when they run out, which all tests together bring about.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
