@@ -95,6 +95,11 @@ class Run:
         return NamedSharding(self.mesh, sharding.BATCH)
 
     @cached_property
+    def data_part(self) -> tuple[int, int]:
+        """Which part of every batch this process reads, of how many."""
+        return sharding.data_part(self.mesh.devices, jax.process_index())
+
+    @cached_property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, P())
 
@@ -172,7 +177,8 @@ class Run:
 
     def to_devices(self, rows: np.ndarray) -> jax.Array:
         """This process's rows of a batch as a global array split over the mesh."""
-        shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
+        _, parts = self.data_part
+        shape = (rows.shape[0] * parts, *rows.shape[1:])
         return jax.make_array_from_process_local_data(self.batch_sharding, rows, shape)
 
     @cached_property
@@ -231,11 +237,12 @@ class Run:
         # A run that was trained elsewhere may have a batch that these devices do not
         # divide; evaluation does not depend on it.
         rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        part, parts = self.data_part
         batches = data.heldout_batches(
             self.prepared,
             -(-self.experiment.batch_size // rows) * rows,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
+            shard_index=part,
+            shard_count=parts,
             limit=windows,
         )
         losses = counts = np.zeros(self.prepared.context_length)

@@ -8,6 +8,7 @@ device is the mesh 1 x 1 x 1.
 import math
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -38,6 +39,27 @@ def make_mesh(config: Mesh) -> jax.sharding.Mesh:
     sizes = [devices // known if size == -1 else size for size in sizes]
     names = ("data", "fsdp", "model")
     return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3)
+
+
+def data_part(devices: np.ndarray, process: int) -> tuple[int, int]:
+    """Which part of every batch a process reads, and how many parts there are.
+
+    `devices` are those of a mesh, `[data, fsdp, model]`. Processes whose devices lie
+    side by side along model hold the same rows, so they read the same part.
+    """
+    rows = devices.reshape(-1, devices.shape[-1])
+    held: dict[int, set[int]] = {}
+    for row, column in np.ndindex(rows.shape):
+        held.setdefault(rows[row, column].process_index, set()).add(row)
+    parts = sorted({tuple(sorted(part)) for part in held.values()})
+    sizes = {len(part) for part in parts}
+    if len(sizes) > 1 or sum(map(len, parts)) != len(rows):
+        raise UserError(
+            "the mesh's model axis cuts across processes so that some rows of a batch "
+            "lie on unequal sets of them; use a model axis that divides the devices "
+            "of a process, or is a multiple of them"
+        )
+    return parts.index(tuple(sorted(held[process]))), len(parts)
 
 
 def parameter_sharding(mesh, name: str, axes, shape) -> NamedSharding:

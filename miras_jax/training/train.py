@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -47,12 +46,13 @@ def train(experiment: Experiment, workdir: str | Path) -> Result:
     run = Run(experiment, workdir)
     _claim(run)
     prepared = run.prepared
+    part, parts = run.data_part
     batches = data.train_batches(
         prepared,
         batch_size=experiment.batch_size,
         seed=experiment.seed,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
+        shard_index=part,
+        shard_count=parts,
     )
     with (
         contextlib.closing(batches),
@@ -235,7 +235,9 @@ def _stop_on_signal():
             raise KeyboardInterrupt
         stop.set()
         name = signal.Signals(number).name
-        print(f"\n{name}: saving after the current step", file=sys.stderr)
+        # Not print: a signal may arrive in the middle of one, which may not be entered
+        # a second time.
+        os.write(2, f"\n{name}: saving after the current step\n".encode())
 
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, ask) for number in signals}

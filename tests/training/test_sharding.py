@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -160,44 +161,83 @@ def test_what_cannot_be_split_is_named():
     assert split(("vocab", "embed"), (256, 32)).spec == P("model", "fsdp")
 
 
+@pytest.mark.parametrize(
+    ("owners", "parts"),
+    [
+        ([[0, 0], [1, 1]], {0: (0, 2), 1: (1, 2)}),
+        ([[0, 1], [0, 1]], {0: (0, 1), 1: (0, 1)}),
+        ([[0, 1], [2, 3]], {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),
+        ([[1, 1], [0, 0]], {0: (1, 2), 1: (0, 2)}),
+    ],
+)
+def test_processes_read_the_rows_that_they_hold(owners, parts):
+    """owners: the process of each device, [rows, model]."""
+    devices = np.empty((1, *np.shape(owners)), object)
+    for place, owner in np.ndenumerate(owners):
+        devices[0, *place] = types.SimpleNamespace(process_index=owner)
+    for process, part in parts.items():
+        assert sharding.data_part(devices, process) == part
+
+
+def test_rows_on_unequal_sets_of_processes_are_refused():
+    owners = [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    devices = np.array([types.SimpleNamespace(process_index=p) for p in owners])
+    with pytest.raises(UserError, match="model axis"):
+        sharding.data_part(devices.reshape(6, 1, 2), 0)
+
+
 PROCESS = """
 import sys
 from pathlib import Path
 
 import jax
 
+from miras_jax.training.config import Mesh
+
 index, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+mesh = Mesh(model=int(sys.argv[4]))
 jax.config.update("jax_enable_preemption_service", False)
 jax.distributed.initialize(f"localhost:{port}", 2, index)
 
 from miras_jax.training.train import train
 from tests.training.test_sharding import endless
 
-print(train(endless(folder), folder / "run"))
+print(train(endless(folder, mesh), folder / "run"))
 """
 
 
-def endless(folder):
+def endless(folder, mesh):
     """Attention, because it compiles soonest."""
     model = Model(width=32, depth=2, mixers=(Attention(num_heads=2),))
     every = {"evaluate_every": 100_000, "checkpoint_every": 1000}
-    return tiny(folder, model=model, steps=100_000, **every)
+    return tiny(folder, model=model, steps=100_000, mesh=mesh, **every)
 
 
-@pytest.mark.parametrize("asked", [0, 1])
-def test_two_processes_train_and_stop_as_one(asked, tmp_path):
-    """Four steps as on one device; a SIGTERM to either process ends both alike."""
+@pytest.mark.parametrize(("asked", "model"), [(0, 1), (1, 2)])
+def test_two_processes_train_and_stop_as_one(asked, model, tmp_path):
+    """Four steps as on one device; a SIGTERM to either process ends both alike.
+
+    With a model axis of two both processes hold, and read, the same rows.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    experiment = endless(tmp_path)
+    experiment = endless(tmp_path, Mesh())
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_ENABLE_COMPILATION_CACHE": "0",
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(index), port, str(tmp_path)],
+            [
+                sys.executable,
+                "-c",
+                PROCESS,
+                str(index),
+                port,
+                str(tmp_path),
+                str(model),
+            ],
             env=environment,
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,

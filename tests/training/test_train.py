@@ -78,7 +78,8 @@ class SharedRun(Run):
     """A run on one device, in which a test can let something happen.
 
     `events` maps ("step", 3), ("evaluation", 1) or ("start", 0) to what happens just
-    before that, counted from 1 in this process; it returns the tokens to use or None.
+    before that, counted from 1 in this process. It returns None, or what takes the
+    place of the tokens of a step or of the stop flags of an evaluation.
     """
 
     events = {}
@@ -94,11 +95,12 @@ class SharedRun(Run):
         self.__dict__.update(compiled(plain))
         self.counts = {"step": 0, "evaluation": 0}
 
-    def happen(self, kind, tokens=None):
+    def happen(self, kind, array):
         self.counts[kind] += 1
         event = self.events.get((kind, self.counts[kind]), lambda: None)
         replaced = event()
-        return tokens if replaced is None else replaced
+        # As the loop would put it: placed otherwise, it would be compiled for anew.
+        return array if replaced is None else jax.device_put(replaced, array.sharding)
 
     def initial_state(self):
         self.events.get(("start", 0), lambda: None)()
@@ -153,7 +155,7 @@ def crash():
 
 def bad_batch():
     """Tokens beyond the vocabulary, whose loss is NaN."""
-    return jnp.full((8, 33), 10**6, jnp.int32)
+    return np.full((8, 33), 10**6, np.int32)
 
 
 def bits(tree) -> list[bytes]:
@@ -304,7 +306,7 @@ def one_step(tmp_path_factory):
         state = jax.device_put(run.fresh, run.state_shardings)
         for _ in range(2):
             state, _ = run.the_step(state, run.to_devices(tokens_0), no_stop)
-        state = change(state)
+        state = jax.device_put(change(state), run.state_shardings)
         before = jax.tree.map(np.array, state)
         after, metrics = run.the_step(state, run.to_devices(tokens), no_stop)
         return before, jax.tree.map(np.array, after), metrics
@@ -326,7 +328,7 @@ def with_nan(state):
 
 @pytest.mark.parametrize(
     "case",
-    [{"tokens": np.full((8, 33), 10**6, np.int32)}, {"change": with_nan},
+    [{"tokens": bad_batch()}, {"change": with_nan},
      {"change": with_average(2.2)}],
     ids=["nan batch", "nan parameter", "spike"],
 )  # fmt: skip
