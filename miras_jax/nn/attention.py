@@ -72,7 +72,8 @@ class AttentionLayer(nnx.Module):
         )
         start = 0 if cache is None else jnp.max(cache.indices, axis=1)[:, None] + 1
         indices = start + jnp.broadcast_to(jnp.arange(length), (batch, length))
-        queries, keys = rotate(queries, indices), rotate(keys, indices)
+        channels = queries.shape[-1]
+        queries, keys = (rotate(part, indices, channels) for part in (queries, keys))
         window = self.config.window
         if cache is None:
             # Position t sees t - window + 1 ... t.

@@ -114,13 +114,16 @@ class SwiGLU(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-def rotate(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
+def rotate(
+    x: jax.Array, positions: jax.Array, channels: int, base: float = 10_000.0
+) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864) of `[B, L, H, D]` at `[B, L]`.
 
-    Halves of the head dimension are paired; the angle of pair i is position /
-    base^(2i/D).
+    Turns the first `channels` (an even number) of D and leaves the others. Their halves
+    are paired; the angle of pair i is position / base^(2i/channels).
     """
-    half = x.shape[-1] // 2
+    x, rest = x[..., :channels], x[..., channels:]
+    half = channels // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = (
         positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
@@ -128,7 +131,7 @@ def rotate(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Ar
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    return jnp.concatenate([*(r.astype(x.dtype) for r in rotated), rest], axis=-1)
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

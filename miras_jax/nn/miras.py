@@ -11,7 +11,6 @@ from miras_jax.core import engine
 from miras_jax.core.rule import Rule
 from miras_jax.core.types import Choice, Params, Rates, State, Tokens
 from miras_jax.errors import UserError
-from miras_jax.nn import rates as rate_choices
 from miras_jax.nn.layers import (
     CausalConvolution,
     Projection,
@@ -21,40 +20,53 @@ from miras_jax.nn.layers import (
     rotate,
     split_heads,
 )
+from miras_jax.nn.rates import LowRank, PerHead, Rate
 
 
 @dataclass(frozen=True, repr=False)
 class RateChoices(Choice):
     """Parametrisation of each rate; None: the rule does without it."""
 
-    learn: rate_choices.Rate | None = None
-    keep: rate_choices.Rate | None = None
-    momentum: rate_choices.Rate | None = None
-    threshold: rate_choices.Rate | None = None
+    learn: Rate | None = None
+    keep: Rate | None = None
+    momentum: Rate | None = None
+    threshold: Rate | None = None
 
 
 def default_rates(rule: Rule) -> RateChoices:
     """What an untrained layer starts from, where a model does not say otherwise.
 
-    learn: of a deep memory 0.03 to 0.3, of a plain matrix 0.5, half of the error.
-    keep: 0.001 to 0.1 forgotten per token, half-lives of 700 to 7 tokens.
-    momentum: 0.5 to 0.9.
-    threshold: 0.1 to 0.5, where residuals begin with a norm of about 1.5. Beyond its
-    threshold delta, Huber's form "switch" has slope 10 delta at small residuals, so
-    that thresholds near 0.1 join the two branches smoothly.
+    Of a plain matrix: learn 0.5, half of the error; keep 0.9 to 0.999.
+
+    Of a deep memory, whose gradients are taken at the start of a chunk of C tokens:
+    learn limit / 8 to limit / 2, limit 0.32 / sqrt(C); a quarter of that with momentum,
+    which adds the steps up. keep 0.99 to 0.9999; momentum 0.5 to 0.9; threshold 0.05 to
+    0.2. Behind a LayerNorm only the direction of the weights counts, so that what
+    forgetting takes from their norm it adds to the effective step; and a chunk's steps,
+    all taken at the same weights, overshoot together. Larger steps or more forgetting
+    made the outer gradient explode within a hundred steps of training.
+
+    Beyond its threshold delta, Huber's form "switch" has slope 10 delta at small
+    residuals; with thresholds near 0.1 its two branches join smoothly.
 
     Channel-wise of rank 32 for deep memories, where the rule allows it; else, and for
     momentum rules and plain matrices, one per token and head.
     """
-    deep = not rule.memory.is_linear
-    channelwise = rule.retention.channelwise and deep and "momentum" not in rule.rates
-    make = rate_choices.LowRank if channelwise else rate_choices.PerHead
-    learn = make("softplus", (0.03, 0.3)) if deep else make("sigmoid", (0.5, 0.5))
+    if rule.memory.is_linear:
+        learn = PerHead("sigmoid", (0.5, 0.5))
+        keep = PerHead("keep", (0.001, 0.1))
+    else:
+        with_momentum = "momentum" in rule.rates
+        channelwise = rule.retention.channelwise and not with_momentum
+        make = LowRank if channelwise else PerHead
+        limit = (0.08 if with_momentum else 0.32) * rule.chunk_size**-0.5
+        learn = make("sigmoid", (limit / 8, limit / 2), limit)
+        keep = make("keep", (0.0001, 0.01))
     choices = {
         "learn": learn,
-        "keep": make("keep", (0.001, 0.1)),
-        "momentum": rate_choices.PerHead("sigmoid", (0.5, 0.9)),
-        "threshold": rate_choices.LowRank("softplus", (0.1, 0.5)),
+        "keep": keep,
+        "momentum": PerHead("sigmoid", (0.5, 0.9)),
+        "threshold": LowRank("sigmoid", (0.05, 0.2)),
     }
     return RateChoices(**{name: choices[name] for name in rule.rates})
 
@@ -69,8 +81,14 @@ class Miras(Choice):
     rule: Rule
     num_heads: int = 4
     rates: RateChoices | None = None
+    rotary: float = 0.25
 
     def __post_init__(self):
+        if not 0 <= self.rotary <= 1:
+            raise UserError(
+                f"Miras(rotary={self.rotary}) is the share of the channels of queries "
+                "and keys that RoPE turns: 0 (none) to 1 (all)."
+            )
         for name in RateChoices.__dataclass_fields__ if self.rates else ():
             if getattr(self.rates, name) and name not in self.rule.rates:
                 raise UserError(
@@ -157,8 +175,11 @@ class MirasLayer(nnx.Module):
             split_heads(part, heads) for part in jnp.split(mixed, 3, axis=-1)
         )
         indices = position[:, None] + jnp.arange(length)[None]
-        queries = l2_normalise(rotate(queries, indices))
-        keys = l2_normalise(rotate(keys, indices))
+        # The even number of channels nearest to the share asked for.
+        channels = 2 * round(self.config.rotary * queries.shape[-1] / 2)
+        queries, keys = (
+            l2_normalise(rotate(part, indices, channels)) for part in (queries, keys)
+        )
         # Of norm about one, like keys and the memory's own output.
         values = values * values.shape[-1] ** -0.5
         rates = Rates(**{name: make(x) for name, make in self.rates.items()})

@@ -16,11 +16,12 @@ import numpy as np
 from flax import nnx
 
 from miras_jax.core.types import Choice
+from miras_jax.errors import UserError
 from miras_jax.nn.layers import Projection, split_heads
 
 Activation = Literal["sigmoid", "softplus", "keep"]
-"""sigmoid: (0, 1); softplus: positive; keep: one minus a sigmoid, so that `initial` and
-its logarithmic spread speak of the fraction that is forgotten."""
+"""sigmoid: (0, limit); softplus: positive; keep: one minus a sigmoid, so that `initial`
+and its logarithmic spread speak of the fraction that is forgotten."""
 
 
 class Rate(Protocol):
@@ -29,78 +30,100 @@ class Rate(Protocol):
     def build(self, width, heads, channels, rngs) -> nnx.Module: ...
 
 
-def _activate(name: Activation, x: jax.Array) -> jax.Array:
-    match name:
-        case "sigmoid":
-            return jax.nn.sigmoid(x)
-        case "softplus":
-            return jax.nn.softplus(x)
-        case "keep":
-            return jax.nn.sigmoid(-x)
-
-
-def _inverse(name: Activation, y: jax.Array) -> jax.Array:
-    """The bias x at which the rate (for "keep": one minus the rate) is y."""
-    return jnp.log(jnp.expm1(y)) if name == "softplus" else jnp.log(y / (1 - y))
-
-
-def _spread(low: float, high: float, size: int) -> jax.Array:
-    return jnp.asarray(np.geomspace(low, high, size), jnp.float32)
-
-
 @dataclass(frozen=True, repr=False)
-class PerHead(Choice):
-    """One data-dependent rate per token and head: activation(x W + b), W small."""
+class _Learned(Choice):
+    """What the learned rates share: activation(x), and the biases it starts from."""
 
     activation: Activation
     initial: tuple[float, float]
+    limit: float = 1.0
 
-    def build(self, width, heads, channels, rngs):
-        bias = _inverse(self.activation, _spread(*self.initial, heads))
-        return _PerHead(self.activation, width, bias, rngs)
+    def __post_init__(self):
+        low, high = self.initial
+        bounded = self.activation != "softplus"
+        if not 0 < low <= high or (bounded and high >= self.limit):
+            raise UserError(
+                f"{self}: initial must be two rising numbers above 0"
+                + (f", below limit {self.limit}." if bounded else ".")
+            )
+        if self.limit != 1 and self.activation != "sigmoid":
+            raise UserError(f"{self}: only a sigmoid takes a limit; leave it out.")
 
+    def activate(self, x: jax.Array) -> jax.Array:
+        match self.activation:
+            case "sigmoid":
+                return self.limit * jax.nn.sigmoid(x)
+            case "softplus":
+                return jax.nn.softplus(x)
+            case "keep":
+                return jax.nn.sigmoid(-x)
 
-class _PerHead(nnx.Module):
-    def __init__(self, activation, width, bias, rngs):
-        self.activation = activation
-        # 0.1: enough to receive a gradient, too little to hide the stated start.
-        self.projection = Projection(
-            width, len(bias), ("embed", None), scale=0.1, bias=bias, rngs=rngs
-        )
+    def biases(self, size: int) -> jax.Array:
+        """Those at which the rates (keep: one minus them) are spread over `initial`.
 
-    def __call__(self, x):
-        return _activate(self.activation, self.projection(x))
+        By numpy: the compiler's logarithm differs in the last bit between meshes.
+        """
+        y = np.geomspace(*self.initial, size) / self.limit
+        softplus = self.activation == "softplus"
+        x = np.log(np.expm1(y)) if softplus else np.log(y / (1 - y))
+        return jnp.asarray(x, jnp.float32)
 
 
 @dataclass(frozen=True, repr=False)
-class LowRank(Choice):
+class PerHead(_Learned):
+    """One data-dependent rate per token and head: activation(x W + b), W small."""
+
+    def build(self, width, heads, channels, rngs):
+        return _PerHead(self, width, heads, rngs)
+
+
+class _PerHead(nnx.Module):
+    def __init__(self, config, width, heads, rngs):
+        self.config = config
+        # 0.1: enough to receive a gradient, too little to hide the stated start.
+        self.projection = Projection(
+            width,
+            heads,
+            ("embed", None),
+            scale=0.1,
+            bias=config.biases(heads),
+            rngs=rngs,
+        )
+
+    def __call__(self, x):
+        return self.config.activate(self.projection(x))
+
+
+@dataclass(frozen=True, repr=False)
+class LowRank(_Learned):
     """Channel-wise: activation(x W_down W_up + b), of rank 32 (Miras, section 5.4).
 
     W_up starts at zero, as in LoRA. The bias is spread over the heads, and over the
     channels of each head in the same way, shifted by at most one head's step.
     """
 
-    activation: Activation
-    initial: tuple[float, float]
     rank: int = 32
 
     def build(self, width, heads, channels, rngs):
-        bias = _inverse(self.activation, _spread(*self.initial, heads * channels))
-        return _LowRank(self.activation, width, heads, self.rank, bias, rngs)
+        return _LowRank(self, width, heads, channels, rngs)
 
 
 class _LowRank(nnx.Module):
-    def __init__(self, activation, width, heads, rank, bias, rngs):
-        self.activation = activation
+    def __init__(self, config, width, heads, channels, rngs):
+        self.config = config
         self.heads = heads
-        self.down = Projection(width, rank, ("embed", None), rngs=rngs)
+        self.down = Projection(width, config.rank, ("embed", None), rngs=rngs)
         self.up = Projection(
-            rank, len(bias), (None, "heads"), scale=0.0, bias=bias, rngs=rngs
+            config.rank,
+            heads * channels,
+            (None, "heads"),
+            scale=0.0,
+            bias=config.biases(heads * channels),
+            rngs=rngs,
         )
 
     def __call__(self, x):
-        rate = _activate(self.activation, self.up(self.down(x)))
-        return split_heads(rate, self.heads)
+        return split_heads(self.config.activate(self.up(self.down(x))), self.heads)
 
 
 @dataclass(frozen=True, repr=False)

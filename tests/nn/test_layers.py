@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from miras_jax import Rates, variants
+from miras_jax.errors import UserError
 from miras_jax.nn.attention import Attention
 from miras_jax.nn.layers import (
     CausalConvolution,
@@ -146,17 +147,25 @@ def test_untrained_convolution_mostly_hears_the_present():
 # RoPE.
 
 
-def test_rope_turns_pairs():
+@pytest.mark.parametrize("share", [0, 0.25, 1])
+def test_rope_turns_pairs_of_the_first_channels(share):
     x = normal(BATCH, LENGTH, HEADS, CHANNELS)
     positions = np.stack([np.arange(LENGTH), 100 + np.arange(LENGTH)])
-    np.testing.assert_allclose(rotate(x, positions), rope(x, positions), atol=1e-4)
+    turned = int(share * CHANNELS)
+    expected = [rope(x[..., :turned], positions), x[..., turned:]]
+    np.testing.assert_allclose(
+        rotate(x, positions, turned), np.concatenate(expected, axis=-1), atol=1e-4
+    )
 
 
 def test_scores_under_rope_depend_on_the_distance_alone():
     query, key = normal(1, 1, 1, CHANNELS), normal(1, 1, 1, CHANNELS, seed=1)
 
     def score(i, j):
-        turned = rotate(query, np.full((1, 1), i)), rotate(key, np.full((1, 1), j))
+        turned = [
+            rotate(x, np.full((1, 1), position), CHANNELS)
+            for x, position in ((query, i), (key, j))
+        ]
         return float(np.sum(turned[0] * turned[1]))
 
     for i, j in ((5, 2), (40, 37), (1003, 1000)):
@@ -215,15 +224,20 @@ def test_the_cache_of_a_window_holds_the_last_keys():
 
 def test_miras_layer_with_linear_attention():
     """convolution -> RoPE, l2 norm -> y_t = q_t (W_0 + sum v k^T) -> norm, gate."""
-    mixer = Miras(variants.linear_attention(), HEADS)
+    mixer = Miras(variants.linear_attention(), HEADS, rotary=0.5)
     layer, x = shake(mixer.build(WIDTH, 1.0, nnx.Rngs(0))), normal(BATCH, LENGTH, WIDTH)
     mixed = layer.convolution(layer.qkv(x), layer.convolution.start(BATCH, x.dtype))[0]
     queries, keys, values = (heads_of(p) for p in np.split(mixed, 3, axis=-1))
     values = values / np.sqrt(CHANNELS)
-    positions = np.arange(LENGTH)[None]
+    half, positions = CHANNELS // 2, np.arange(LENGTH)[None]
+
+    def half_turned(part):
+        turned = rope(part[..., :half], positions)
+        return np.concatenate([turned, part[..., half:]], axis=-1)
+
     queries, keys = (
         part / np.linalg.norm(part, axis=-1, keepdims=True)
-        for part in (rope(queries, positions), rope(keys, positions))
+        for part in (half_turned(queries), half_turned(keys))
     )
     projection = layer.rates["learn"].projection
     weight, bias = np.asarray(projection.weight[...]), np.asarray(projection.bias[...])
@@ -288,6 +302,33 @@ def test_channels_start_log_uniformly_spread_over_the_stated_range(activation):
     np.testing.assert_allclose(start, expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", [PerHead, LowRank])
+def test_a_sigmoid_stays_below_its_limit(kind):
+    choice = kind("sigmoid", (0.01, 0.04), limit=0.08)
+    layer = choice.build(WIDTH, HEADS, CHANNELS, nnx.Rngs(0))
+    x = normal(BATCH, LENGTH, WIDTH)
+    start = np.asarray(layer(0 * x))
+    assert start.min() == pytest.approx(0.01) and start.max() == pytest.approx(0.04)
+    values = shake(layer)(1000 * x)
+    assert 0.079 < np.max(values) <= 0.08
+
+
+@pytest.mark.parametrize(
+    ("activation", "initial", "limit"),
+    [
+        ("sigmoid", (0.1, 0.5), 0.5),
+        ("sigmoid", (0.5, 0.1), 1.0),
+        ("softplus", (0.0, 0.1), 1.0),
+        ("softplus", (0.1, 0.2), 0.5),
+        ("keep", (0.1, 1.0), 1.0),
+    ],
+)
+def test_rates_that_cannot_start_there_are_refused(activation, initial, limit):
+    for kind in (PerHead, LowRank):
+        with pytest.raises(UserError, match=kind.__name__):
+            kind(activation, initial, limit)
+
+
 def test_low_rank_keeps_its_rank():
     layer = LowRank("keep", (0.001, 0.1), rank=3).build(
         WIDTH, HEADS, CHANNELS, nnx.Rngs(0)
@@ -311,7 +352,7 @@ def test_fixed_rates_are_constants_without_parameters():
 
 DEEP = {"moneta", "yaad", "memora", "titans", "ttt_mlp", "ttt_linear"}
 CHANNELWISE = {"moneta", "yaad", "ttt_mlp", "ttt_linear"}
-STARTS = {"keep": (0.9, 0.999), "momentum": (0.5, 0.9), "threshold": (0.1, 0.5)}
+STARTS = {"momentum": (0.5, 0.9), "threshold": (0.05, 0.2)}
 
 
 @pytest.mark.parametrize("variant", variants.ALL)
@@ -320,7 +361,11 @@ def test_default_rates_start_where_their_docstring_says(variant):
     heads, channels, x = 4, 8, normal(4, 64, WIDTH)
     x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
     choices = default_rates(rule)
-    learn = (0.03, 0.3) if name in DEEP else (0.5, 0.5)
+    limit = (0.08 if name == "titans" else 0.32) / np.sqrt(rule.chunk_size)
+    deep = name in DEEP
+    learn = (limit / 8, limit / 2) if deep else (0.5, 0.5)
+    keep = (0.99, 0.9999) if deep else (0.9, 0.999)
+    starts = {"learn": learn, "keep": keep, **STARTS}
     for field in Rates._fields:
         choice = getattr(choices, field)
         assert (choice is not None) == (field in rule.rates)
@@ -332,13 +377,13 @@ def test_default_rates_start_where_their_docstring_says(variant):
         )
         assert (values.ndim == 4) == channelwise
         typical = np.median(values, axis=(0, 1))
-        low, high = learn if field == "learn" else STARTS[field]
+        low, high = starts[field]
         assert typical.min() == pytest.approx(low, rel=0.05), field
         assert typical.max() == pytest.approx(high, rel=0.05), field
         if field == "keep":
             forgotten = 1 - typical
-            assert forgotten.min() == pytest.approx(0.001, rel=0.05)
-            assert forgotten.max() == pytest.approx(0.1, rel=0.05)
+            assert forgotten.min() == pytest.approx(1 - keep[1], rel=0.05)
+            assert forgotten.max() == pytest.approx(1 - keep[0], rel=0.05)
 
 
 def test_a_layer_builds_the_rates_it_is_given():
