@@ -30,11 +30,26 @@ from miras_jax.training.train import train
 
 HEADS = 3
 WINDOW = 64
-RULES = ("yaad", "moneta", "memora", "titans", "ttt_mlp", "gated_delta_net")
+CHUNK = 16
+
+
+def miras(variant) -> Miras:
+    """The variant as a mixer; with chunks of 16 tokens unless it has none."""
+    rule = variant()
+    return Miras(
+        dataclasses.replace(rule, chunk_size=min(rule.chunk_size, CHUNK)), HEADS
+    )
+
+
 MIXERS = {
-    **{name: (Miras(getattr(variants, name)(), HEADS),) for name in RULES},
-    "linear_attention": (Miras(variants.linear_attention(), HEADS),),
-    "yaad_hybrid": (Miras(variants.yaad(), HEADS), Attention(HEADS, WINDOW)),
+    "yaad": (miras(variants.yaad),),
+    "moneta": (miras(variants.moneta),),
+    "memora": (miras(variants.memora),),
+    "titans": (miras(variants.titans),),
+    "ttt_mlp": (miras(variants.ttt_mlp),),
+    "gated_delta_net": (miras(variants.gated_delta_net),),
+    "linear_attention": (miras(variants.linear_attention),),
+    "yaad_hybrid": (miras(variants.yaad), Attention(HEADS, WINDOW)),
     "transformer": (Attention(HEADS),),
 }
 RESULTS = Path(__file__).parent / "results" / "compare"

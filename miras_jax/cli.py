@@ -241,7 +241,10 @@ def _prepare() -> None:
     """Settings of a process that is a command: compilation cache, quiet libraries."""
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Programs from the cache that run on several simulated devices of one CPU have been
+    # seen to wait for each other for ever.
+    simulated = jax.default_backend() == "cpu" and jax.local_device_count() > 1
+    if not simulated and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         folder = Path(caches) / "miras_jax" / "compilation"
         # Where nothing can be kept, every command compiles anew.
