@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import shlex
+import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -115,6 +116,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _program() -> str:
+    """What to type for `miras`: the path it was called by, unless the shell finds it."""
+    called = sys.argv[0]
+    if Path(called).name != "miras" or shutil.which("miras") == called:
+        return "miras"
+    return called
+
+
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(
@@ -147,7 +156,7 @@ def _train(arguments, argv: Sequence[str]) -> int:
         if speaks:
             print(
                 f"stopped and saved at step {result.step} of {experiment.steps}; "
-                f"to continue: {shlex.join(['miras', *argv])}"
+                f"to continue: {shlex.join([_program(), *argv])}"
             )
         return 0
 
@@ -157,7 +166,7 @@ def _train(arguments, argv: Sequence[str]) -> int:
         print("measuring on all of the held-out text", file=sys.stderr, flush=True)
     run = Run.open(workdir)
     # Every process takes part in the measurement, one tells of it.
-    text = report.summary(run, run.restore("best"))
+    text = report.summary(run, run.restore("best"), _program())
     if speaks:
         print(f"\n{text}")
     return 0

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from miras_jax import cli
 from miras_jax.cli import main
 from miras_jax.core import variants
 from miras_jax.training import train as training
@@ -367,3 +368,20 @@ sys.exit(str(sorted(slow & set(sys.modules))) if slow & set(sys.modules) else 0)
     out, err = process.communicate()
     assert (err, process.returncode) == ("", 0)
     assert out.count("usage: miras") == 5 and "--top-p" in out
+
+
+@pytest.mark.parametrize(
+    ("called", "found", "typed"),
+    [
+        (".venv/bin/miras", None, ".venv/bin/miras"),
+        (".venv/bin/miras", "/usr/bin/miras", ".venv/bin/miras"),
+        ("/usr/bin/miras", "/usr/bin/miras", "miras"),
+        ("-c", None, "miras"),
+    ],
+)
+def test_commands_are_printed_as_one_has_to_type_them(
+    called, found, typed, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", [called])
+    monkeypatch.setattr(cli.shutil, "which", lambda name: found)
+    assert cli._program() == typed

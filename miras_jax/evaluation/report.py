@@ -35,8 +35,11 @@ def evaluation(run: Run, restored: Restored, windows: int | None) -> str:
     )
 
 
-def summary(run: Run, restored: Restored) -> str:
-    """How good a finished run is, beside what compressors reach, with a sample."""
+def summary(run: Run, restored: Restored, program: str = "miras") -> str:
+    """How good a finished run is, beside what compressors reach, with a sample.
+
+    program: what the commands to try next begin with.
+    """
     totals = run.evaluate(restored.state.parameters)
     quality = perplexity.quality(totals, run.prepared)
     plot_positions(run, totals)
@@ -63,9 +66,9 @@ def summary(run: Run, restored: Restored) -> str:
             textwrap.indent(sample.strip(), "    "),
             "",
             "next",
-            f"    {shlex.join(['miras', 'generate', str(run.workdir), prompt])}",
-            f"    {shlex.join(['miras', 'evaluate', str(run.workdir)])}",
-            "    miras variants",
+            f"    {shlex.join([program, 'generate', str(run.workdir), prompt])}",
+            f"    {shlex.join([program, 'evaluate', str(run.workdir)])}",
+            f"    {shlex.join([program, 'variants'])}",
         ]
     )
 
