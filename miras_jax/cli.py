@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _program() -> str:
-    """What to type for `miras`: the path it was called by, unless the shell finds it."""
+    """How to type `miras`: by the path of this call, unless the shell finds it."""
     called = sys.argv[0]
     if Path(called).name != "miras" or shutil.which("miras") == called:
         return "miras"
