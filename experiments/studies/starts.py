@@ -1,0 +1,101 @@
+"""What an untrained deep memory starts from: forgetting, step size, chunks, RoPE.
+
+    python -m experiments.studies.starts                  # every row
+    python -m experiments.studies.starts forgetful fast   # some of them
+
+The quickstart for 150 steps, with one thing changed per row. Prints the held-out loss
+and the largest gradient norm after step 50: where inner steps are too long for a chunk,
+or forgetting has made the weights small, it explodes long before the loss says so. Two
+to three minutes a row on two cores; runs go to runs/starts/NAME and continue where they
+stopped.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.compare import table
+from experiments.quickstart import experiment as quickstart
+from miras_jax import variants
+from miras_jax.nn.miras import Miras, default_rates
+from miras_jax.nn.rates import Fixed, LowRank
+from miras_jax.training.metrics import read_table
+from miras_jax.training.train import train
+
+STEPS, AFTER = 150, 50
+
+
+def yaad(chunk_size: int = 16, rotary: float = 0.25, **rates) -> Miras:
+    rule = dataclasses.replace(variants.yaad(), chunk_size=chunk_size)
+    choices = dataclasses.replace(default_rates(rule), **rates)
+    return Miras(rule, num_heads=3, rates=choices, rotary=rotary)
+
+
+ROWS: dict[str, tuple[str, Miras]] = {
+    "quickstart": ("as it is", yaad()),
+    "static": (
+        "learn 0: the memory stays what it was",
+        yaad(learn=Fixed((1e-9, 1e-9))),
+    ),
+    "forgetful": (
+        "forgets 0.001 to 0.1 per token instead of 0.0001 to 0.01",
+        yaad(keep=LowRank("keep", (0.001, 0.1))),
+    ),
+    "fast": (
+        "learn 0.04 to 0.16 instead of 0.01 to 0.04",
+        yaad(learn=LowRank("sigmoid", (0.04, 0.16), 0.32)),
+    ),
+    "unbounded": (
+        "learn by softplus instead of a bounded sigmoid",
+        yaad(learn=LowRank("softplus", (0.01, 0.04))),
+    ),
+    "chunk_64": ("chunks of 64 tokens", yaad(chunk_size=64)),
+    "no_rope": ("no RoPE", yaad(rotary=0.0)),
+    "full_rope": ("RoPE on all channels", yaad(rotary=1.0)),
+}
+
+
+def run_one(name: str, folder: Path) -> dict:
+    """Train one row: what the table says of it."""
+    about, mixer = ROWS[name]
+    base = quickstart()
+    model = dataclasses.replace(base.model, mixers=(mixer,))
+    experiment = dataclasses.replace(
+        base,
+        model=model,
+        steps=STEPS,
+        evaluate_every=STEPS,
+        evaluate_windows=128,
+    )
+    result = train(experiment, folder / name)
+    metrics = read_table(folder / name / "metrics.csv")
+    norms = np.asarray(metrics["gradient_norm"])[AFTER:]
+    return {
+        "row": name,
+        "": about,
+        "held-out nats per token": f"{result.heldout_loss:.3f}",
+        "largest gradient norm": f"{norms.max():.2g}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ROWS))
+    parser.add_argument("--folder", type=Path, default=Path("runs/starts"))
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(ROWS)
+    if unknown:
+        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    rows = []
+    for name in arguments.names or ROWS:
+        print(f"\n{name}", flush=True)
+        rows.append(run_one(name, arguments.folder))
+        jax.clear_caches()
+    print(f"\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    main()
