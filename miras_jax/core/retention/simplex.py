@@ -75,7 +75,8 @@ def _below_one(y: jax.Array) -> jax.Array:
 
 
 _GENERATORS = {
-    "kl": _Generator(jnp.exp, jnp.inf, 1.0),
+    # No pole, but beyond 80 float32 would overflow.
+    "kl": _Generator(jnp.exp, 80.0, 1.0),
     "reverse_kl": _Generator(lambda y: 1 / _below_one(y), 1.0, 1.0),
     "chi_square": _Generator(lambda y: jnp.maximum(0, 1 + y / 2), jnp.inf, 2.0),
     "hellinger": _Generator(lambda y: _below_one(y) ** -2, 1.0, 0.5),
@@ -137,9 +138,12 @@ class FDivergence(Gate):
         # least one, and where h has a pole, the sum grows without bound before that.
         generator = _GENERATORS[self.generator]
         steps = dual - anchor
-        highest = jnp.max(steps, axis=self.axis, keepdims=True)
-        spread = highest - jnp.min(steps, axis=self.axis, keepdims=True)
-        steps = steps - jax.lax.stop_gradient(highest)
+        # A weight that has vanished stays so, and must not set the scale.
+        alive = anchor > jnp.finfo(anchor.dtype).tiny
+        counted = jax.lax.stop_gradient(jnp.where(alive, steps, -jnp.inf))
+        highest = jnp.max(counted, axis=self.axis, keepdims=True)
+        steps = jnp.where(alive, steps - highest, 0)
+        spread = -jnp.min(steps, axis=self.axis, keepdims=True)
 
         def total(x):
             factors = generator.inverse(steps - x)
