@@ -23,6 +23,11 @@ class Algorithm(Protocol):
 
     at: At  # gradient at W ("previous") or at keep_s W ("retained")
     rates: tuple[str, ...]  # the rates without which it cannot run
+    steps: int  # key-value pairs per token
+    implicit: bool  # whether it solves for the step, which only the delta rule allows
+
+    def step_size(self, learn: jax.Array | None, keys: jax.Array) -> jax.Array | None:
+        """What multiplies the gradients, from rates.learn; keys `[..., K]`."""
 
     def start(self, dual: Weights) -> Weights:
         """Its state before the first token."""
@@ -42,21 +47,41 @@ def _check_at(at: str) -> None:
         )
 
 
+class _Explicit(Choice):
+    """What algorithms that take the step as it is have in common."""
+
+    steps = 1
+    implicit = False
+
+    def step_size(self, learn, keys):
+        return learn
+
+
 @dataclass(frozen=True, repr=False)
-class GradientDescent(Choice):
+class GradientDescent(_Explicit):
     """step_s = u_s (Miras, eq. 5).
 
     The gradient is taken at the weights before this token's decay (Miras, Titans) or,
     with at="retained", at the decayed ones, keep_s W_{s-1} (Gated DeltaNet, Mamba-2;
     see footnote 2 of Miras on the difference).
+
+    steps: descents per token, each on a key-value pair of its own (DeltaProduct, arXiv
+    2502.10297, section 3). Tokens then bring keys `[L, steps, K]`, values and, of the
+    rates, learn and threshold with that axis too; the token forgets once, before its
+    first descent, and is read after its last. Chunks are of whole tokens.
     """
 
     at: At = "previous"
+    steps: int = 1
 
     rates = ()
 
     def __post_init__(self):
         _check_at(self.at)
+        if self.steps < 1:
+            raise UserError(
+                f"algorithm.GradientDescent needs steps >= 1; got {self.steps}."
+            )
 
     def start(self, dual):
         return ()
@@ -69,7 +94,36 @@ class GradientDescent(Choice):
 
 
 @dataclass(frozen=True, repr=False)
-class Momentum(Choice):
+class Implicit(Choice):
+    """W_s = argmin |W - keep_s W_{s-1}|^2 / 2 learn_s + loss(W): the proximal step.
+
+    For a plain matrix and the L2 bias that is the delta rule at the decayed weights
+    with step size learn / (1 + learn |k|^2) (Longhorn, arXiv 2407.14207, eq. 6 and 7);
+    it never overshoots, however large learn is. A channel-wise learn acts per value.
+    """
+
+    at = "retained"
+    rates = ()
+    steps = 1
+    implicit = True
+
+    def step_size(self, learn, keys):
+        learn = jnp.ones(keys.shape[:-1], keys.dtype) if learn is None else learn
+        square = jnp.sum(keys * keys, axis=-1, keepdims=learn.ndim == keys.ndim)
+        return learn / (1 + learn * square)
+
+    def start(self, dual):
+        return ()
+
+    def step(self, carried, update, momentum):
+        return update, None
+
+    def flow(self, log_keep, momentum, side, when, written):
+        return causal.decay_flow(log_keep, side, when)
+
+
+@dataclass(frozen=True, repr=False)
+class Momentum(_Explicit):
     """step_s = m_s = momentum_s m_{s-1} + u_s (Titans, eq. 9 and 13), from m_0 = 0."""
 
     at: At = "previous"

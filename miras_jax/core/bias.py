@@ -149,6 +149,59 @@ class Huber(Choice):
 
 
 @dataclass(frozen=True, repr=False)
+class Linf(Choice):
+    """A smooth largest error: T log mean_j exp(|r_j| / T), |r| = sqrt(r^2 + 1e-6).
+
+    The limit p -> infinity of the L_p bias: between the mean error and, as the
+    temperature T goes to 0, the largest one.
+    """
+
+    temperature: float = 0.1
+
+    rates = ()
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise UserError(f"bias.Linf needs temperature > 0; got {self.temperature}.")
+
+    def loss(self, prediction, value, threshold=None):
+        r = prediction - value
+        size = jnp.sqrt(r * r + 1e-6) / self.temperature
+        width = r.shape[-1]
+        return self.temperature * jax.nn.logsumexp(size, axis=-1, b=1 / width)
+
+    def cotangent(self, prediction, value, threshold=None):
+        r = prediction - value
+        size = jnp.sqrt(r * r + 1e-6)
+        return jax.nn.softmax(size / self.temperature, axis=-1) * r / size
+
+
+@dataclass(frozen=True, repr=False)
+class Robust(Choice):
+    """(|r|_2 + radius)^2 / 2, the worst case over shifts of the value by `radius`.
+
+    Cotangent r + radius r / |r|_2 (Miras, eq. 17 and below); 0 at r = 0.
+    """
+
+    radius: float = 0.1
+
+    rates = ()
+
+    def __post_init__(self):
+        if self.radius < 0:
+            raise UserError(f"bias.Robust needs radius >= 0; got {self.radius}.")
+
+    def loss(self, prediction, value, threshold=None):
+        size = norm(prediction - value)[..., 0]
+        return jnp.square(size + self.radius) / 2
+
+    def cotangent(self, prediction, value, threshold=None):
+        r = prediction - value
+        size = norm(r)
+        return r + self.radius * r / jnp.where(size > 0, size, 1)
+
+
+@dataclass(frozen=True, repr=False)
 class Function(Choice):
     """Any differentiable inner loss `function(prediction_V, value_V) -> scalar`."""
 

@@ -66,6 +66,7 @@ def block(
     dot = causal.make_dot(tokens.keys.dtype, dtype)
     queries, keys, values, rates = jax.tree.map(lambda x: x.astype(dtype), tokens)
     rates = Rates(*(_column(rate) for rate in rates))
+    rates = rates._replace(learn=rule.algorithm.step_size(rates.learn, keys))
     matrices = len(state.dual)
     flow = partial(_flows, rule, rates, matrices, keys, written)
 
@@ -91,10 +92,11 @@ def block(
             flows[i] = flows[i].scaled(rate)
 
     after = _advance(dot, rule, flows, state, inputs, cotangents)
+    if not rule.has_anchor:
+        after = after._replace(dual=rule.settled(state.dual, after.dual))
     if rule.reads_exactly:
-        outputs = _read_exactly(
-            rule, params, state, queries, rates, inputs, cotangents, written
-        )
+        read = partial(_read_exactly, rule, params, anchor_dual, state, queries)
+        outputs = read(rates, inputs, cotangents, written)
     else:
         base = anchor if aligned else rule.weights(state)
         scales = tuple(rule.retention.scale(a) for a in anchor_dual)
@@ -209,8 +211,10 @@ def _product(dot, rule, flows, base, scales, momentum, inputs, cotangents, i, x)
     return flow.start.read(dot, x, base[i]) + own
 
 
-def _read_exactly(rule, params, state, queries, rates, inputs, cotangents, written):
-    """Point 4, exact: W_t = weights(A_t), for a few tokens at a time."""
+def _read_exactly(
+    rule, params, anchor, state, queries, rates, inputs, cotangents, written
+):
+    """Point 4, exact: W_t = weights(settle(A_c, A_t)), for a few tokens at a time."""
     size, matrices = len(queries), len(state.dual)
     group = min(EXACT_READOUT_TOKENS, size)
     ones = jnp.ones((size, 1), queries.dtype)
@@ -234,7 +238,8 @@ def _read_exactly(rule, params, state, queries, rates, inputs, cotangents, writt
             keep = jnp.expand_dims(keeps[i], 2 if sides[i] == "in" else 1)
             step = written[:, None] * step
             after.append(causal.affine_scan(keep, step, duals[i]))
-        weights = [jax.vmap(rule.retention.weights)(a) for a in after]
+        settled = jax.vmap(partial(rule.settled, anchor))(tuple(after))
+        weights = [jax.vmap(rule.retention.weights)(a) for a in settled]
 
         def product(i, x):
             return jnp.einsum("...i,...io->...o", x, weights[i])

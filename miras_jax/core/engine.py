@@ -25,8 +25,15 @@ def step(
 
     `token` is a `Tokens` without the L axis. Returns `(output [V], state)`.
     """
-    output, state = rule.step(params, state, token)
-    return output.astype(token.queries.dtype), state
+    steps = rule.algorithm.steps
+    if steps == 1:
+        output, state = rule.step(params, state, token)
+        return output.astype(token.queries.dtype), state
+    pairs = rule.pairs(jax.tree.map(lambda x: x[None], token))
+    for i in range(steps):
+        pair = jax.tree.map(lambda x, i=i: x[i], pairs)
+        output, state = step(rule.one_step, params, state, pair)
+    return output, state
 
 
 def run(
@@ -45,9 +52,19 @@ def run(
     sequence may be cut into calls anywhere. Rematerialises one block at a time in the
     backward pass: memory grows by one state per block.
     """
-    rule.check(tokens)
     if len(tokens.keys) == 0:
         raise UserError("run needs at least one token; got none.")
+    steps = rule.algorithm.steps
+    if steps > 1:
+        outputs, state = run(
+            rule.one_step,
+            params,
+            state,
+            rule.pairs(tokens),
+            implementation=implementation,
+        )
+        return outputs[steps - 1 :: steps], state
+    rule.check(tokens)
     match implementation:
         case "definition":
             outputs, state = _run_definition(rule, params, state, tokens)
@@ -108,6 +125,7 @@ def _scan_blocks(rule, params, state, blocks):
     def step(carry, tokens, params):
         state = rule.open_chunk(*carry)
         outputs, state = block(rule, params, state, tokens, aligned=True)
+        state = rule.close(state, True)
         return (state.dual, state.momentum), outputs
 
     carry = (state.dual, state.momentum)

@@ -14,7 +14,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from miras_jax.core.types import Choice, Params
+from miras_jax.core.types import Choice, Params, Weights
 from miras_jax.errors import UserError
 
 Product = Callable[[int, jax.Array], jax.Array]
@@ -34,6 +34,9 @@ class Memory(Protocol):
     @property
     def is_linear(self) -> bool:
         """Whether M(x) = x W with a single matrix and nothing else."""
+
+    entries: int
+    """How many of the first matrices take x itself; the last one gives the value."""
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -55,6 +58,15 @@ def _with_norm(weights: tuple[jax.Array, ...], value_dim: int) -> Params:
     return Params(weights, jnp.full(value_dim, value_dim**-0.5), jnp.zeros(value_dim))
 
 
+def _normal(key: jax.Array, shapes, fan_ins) -> Weights:
+    """Matrices of variance 1 / fan-in."""
+    keys = jax.random.split(key, len(shapes))
+    return tuple(
+        jax.random.normal(k, shape) / fan_in**0.5
+        for k, shape, fan_in in zip(keys, shapes, fan_ins, strict=True)
+    )
+
+
 def _same_width(name: str, key_dim: int, value_dim: int) -> None:
     if key_dim != value_dim:
         raise UserError(
@@ -74,6 +86,8 @@ class Linear(Choice):
 
     residual: bool = False
     norm: bool = False
+
+    entries = 1
 
     @property
     def is_linear(self) -> bool:
@@ -110,6 +124,7 @@ class MLP(Choice):
     activation: Callable[[jax.Array], jax.Array] = gelu
 
     is_linear = False
+    entries = 1
 
     def __post_init__(self):
         if self.depth < 1 or self.expansion < 1:
@@ -125,16 +140,51 @@ class MLP(Choice):
 
     def init(self, key: jax.Array, key_dim: int, value_dim: int) -> Params:
         shapes = self.shapes(key_dim, value_dim)
-        keys = jax.random.split(key, len(shapes))
         fan_ins = [1, *(fan_in for fan_in, _ in shapes[1:])]
-        weights = tuple(
-            jax.random.normal(k, shape) / fan_in**0.5
-            for k, shape, fan_in in zip(keys, shapes, fan_ins, strict=True)
-        )
-        return _with_norm(weights, value_dim)
+        return _with_norm(_normal(key, shapes, fan_ins), value_dim)
 
     def read(self, product: Product, params: Params, x: jax.Array) -> jax.Array:
         y = product(0, x)
         for i in range(1, self.depth):
             y = product(i, self.activation(y))
         return x + layer_norm(y, params)
+
+
+@dataclass(frozen=True, repr=False)
+class GatedMLP(Choice):
+    """M(x) = (f(x W_1) * (x W_2)) W_3, f = SiLU, F = expansion K (LaCT, 2505.23884).
+
+    With `residual` x is added, the memory of Atlas++ (arXiv 2505.23735); with `norm`
+    the product is normalised first, as in `MLP`. Initial weights as there: variance one
+    for W_1 and W_2, which read inputs of norm one, and 1 / F for W_3.
+    """
+
+    expansion: int = 4
+    residual: bool = False
+    norm: bool = False
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
+
+    is_linear = False
+    entries = 2
+
+    def __post_init__(self):
+        if self.expansion < 1:
+            raise UserError(
+                f"memory.GatedMLP needs expansion >= 1; got {self.expansion}."
+            )
+
+    def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
+        if self.residual:
+            _same_width("memory.GatedMLP(residual=True)", key_dim, value_dim)
+        hidden = self.expansion * key_dim
+        return ((key_dim, hidden), (key_dim, hidden), (hidden, value_dim))
+
+    def init(self, key: jax.Array, key_dim: int, value_dim: int) -> Params:
+        shapes = self.shapes(key_dim, value_dim)
+        weights = _normal(key, shapes, (1, 1, shapes[2][0]))
+        return _with_norm(weights, value_dim) if self.norm else Params(weights)
+
+    def read(self, product: Product, params: Params, x: jax.Array) -> jax.Array:
+        y = product(2, self.activation(product(0, x)) * product(1, x))
+        y = layer_norm(y, params) if self.norm else y
+        return x + y if self.residual else y

@@ -7,12 +7,14 @@ points of one chunk (Miras, section 5.4):
 1. g_s = gradient of the bias at (W_c; k_s, v_s), W_c the weights at the chunk's start.
 2. u_s = -learn_s g_s, turned into the inner step by the algorithm.
 3. A_s = keep_s A_{s-1} + step_s, hence A_s = K_s A_c + U_s.
-4. Token s is read after its own write: at W_s = weights(A_s) (readout "exact"), or at
-   W_s = K_s W_c + scale(A_c) U_s ("linear": no nonlinearity inside the chunk).
-5. At the chunk's end W = weights(A), always exact.
+4. Token s is read after its own write: at W_s = weights(settle(A_c, A_s)) (readout
+   "exact"), or at W_s = K_s W_c + scale(A_c) U_s ("linear": no nonlinearity inside the
+   chunk).
+5. At the chunk's end A = settle(A_c, A) and W = weights(A), always exact. `settle` does
+   nothing but for proximal gates, whose step it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -25,6 +27,7 @@ from miras_jax.core.retention import Decay, Retention
 from miras_jax.core.types import (
     Choice,
     Params,
+    Rates,
     Side,
     State,
     Tokens,
@@ -63,6 +66,14 @@ class Rule(Choice):
                 "An algorithm with at='retained' takes each token's gradient at its "
                 "own decayed weights and needs chunk_size=1 and retention.Decay(); got "
                 f"chunk_size={self.chunk_size} and {self.retention}. Use at='previous'."
+            )
+
+        delta_rule = self.memory.is_linear and self.bias == L2()
+        if self.algorithm.implicit and not (delta_rule and self.chunk_size == 1):
+            raise UserError(
+                f"{self.algorithm} has a closed form for memory.Linear(), bias.L2() "
+                f"and chunk_size=1; got {self.memory}, {self.bias} and chunk_size="
+                f"{self.chunk_size}. Use algorithm.GradientDescent()."
             )
 
     @property
@@ -114,13 +125,56 @@ class Rule(Choice):
     def weights(self, state: State) -> Weights:
         """The current weights W_s, those with which a query would be read now."""
         if not self.has_anchor or self.reads_exactly or self.retention.is_identity:
-            return tuple(self.retention.weights(a) for a in state.dual)
+            dual = state.dual
+            if self.has_anchor and self.retention.settles:
+                settled = self.settled(state.anchor, dual)
+                dual = _where(state.position == 0, dual, settled)
+            return tuple(self.retention.weights(a) for a in dual)
         return tuple(
             # At a chunk's start kept is 1 and dual the anchor: the exact map.
             kept * self.retention.weights(anchor)
             + self.retention.scale(anchor) * (dual - kept * anchor)
             for dual, anchor, kept in zip(*state[:3], strict=True)
         )
+
+    @property
+    def one_step(self) -> "Rule":
+        """The same for tokens whose pairs have become tokens of their own."""
+        steps = self.algorithm.steps
+        if steps == 1:
+            return self
+        return replace(
+            self,
+            algorithm=replace(self.algorithm, steps=1),
+            chunk_size=self.chunk_size * (steps if self.has_anchor else 1),
+        )
+
+    def pairs(self, tokens: Tokens) -> Tokens:
+        """Tokens `[L]` with several key-value pairs as `[L * steps]` tokens of one.
+
+        Forgetting falls on the first pair of a token; the output of its last counts.
+        """
+        steps = self.algorithm.steps
+        queries, keys, values, (learn, keep, momentum, threshold) = tokens
+        expected = (*queries.shape[:-1], steps)
+        if keys.shape[:-1] != expected or values.shape[:-1] != expected:
+            raise UserError(
+                f"{self.algorithm} reads keys and values whose first axes are "
+                f"{expected}; got keys {keys.shape} and values {values.shape}."
+            )
+
+        def flat(x):
+            return None if x is None else x.reshape(-1, *x.shape[2:])
+
+        def first(x):
+            if x is None:
+                return None
+            ones = jnp.ones((len(x), steps - 1, *x.shape[1:]), x.dtype)
+            return flat(jnp.concatenate([x[:, None], ones], axis=1))
+
+        rates = Rates(flat(learn), first(keep), momentum, flat(threshold))
+        queries = jnp.repeat(queries, steps, axis=0)
+        return Tokens(queries, flat(keys), flat(values), rates)
 
     def check(self, tokens: Tokens) -> None:
         """UserError, naming the fix, if these tokens cannot be read by this rule."""
@@ -143,11 +197,19 @@ class Rule(Choice):
                 f"number per token; got a channel-wise one of shape {rates.keep.shape}."
             )
 
+    def settled(self, anchor: Weights, dual: Weights) -> Weights:
+        """The dual at a chunk's end, from what the chunk made of its anchor."""
+        if not self.retention.settles:
+            return dual
+        pairs = zip(anchor, dual, strict=True)
+        return tuple(self.retention.settle(a, d) for a, d in pairs)
+
     def sides(self, matrices: int) -> tuple[Side | None, ...]:
         """The axis along which a channel-wise keep acts on each matrix, None: none."""
         if matrices == 1:
             return ("in" if self.retention.axis == "key" else "out",)
-        return ("in", *[None] * (matrices - 2), "out")
+        first = min(self.memory.entries, matrices - 1)
+        return ("in",) * first + (None,) * (matrices - 1 - first) + ("out",)
 
     def learn_sides(self, matrices: int) -> tuple[Side | None, ...]:
         """The same for a channel-wise learn."""
@@ -160,12 +222,13 @@ class Rule(Choice):
         self.check(token)
         dtype = state_dtype(*state.dual)
         queries, keys, values, rates = jax.tree.map(lambda x: x.astype(dtype), token)
+        learn = self.algorithm.step_size(rates.learn, keys)
         anchor_dual = state.anchor if self.has_anchor else state.dual
         anchor = tuple(self.retention.weights(a) for a in anchor_dual)
         keep = self._spread(
             rates.keep, self.sides(len(anchor)), bool(self.retention.rates)
         )
-        learn = self._spread(rates.learn, self.learn_sides(len(anchor)), True)
+        learn = self._spread(learn, self.learn_sides(len(anchor)), True)
         if self.algorithm.at == "retained":
             anchor = tuple(k * w for k, w in zip(keep, anchor, strict=True))
 
@@ -183,6 +246,8 @@ class Rule(Choice):
             dual.append(keep[i] * state.dual[i] + step)
             momentum += [] if carried is None else [carried]
         dual, momentum = tuple(dual), tuple(momentum)
+        if not self.has_anchor:
+            dual = self.settled(state.dual, dual)
         kept = tuple(k * f for k, f in zip(state.kept, keep, strict=False))
         position = self.moved(state, 1)
         state = State(dual, state.anchor, kept, momentum, position)
@@ -210,18 +275,18 @@ class Rule(Choice):
         """Point 5: where the chunk is complete, its end is the next one's start."""
         if not self.has_anchor or complete is False:
             return state
-
-        def close(new, old):
-            if complete is True:
-                return new
-            return tuple(
-                jnp.where(complete, n, o) for n, o in zip(new, old, strict=True)
-            )
-
+        dual = self.settled(state.anchor, state.dual)
         ones = tuple(jnp.ones_like(k) for k in state.kept)
         position = 0 if complete is True else jnp.where(complete, 0, state.position)
         return state._replace(
-            anchor=close(state.dual, state.anchor),
-            kept=close(ones, state.kept),
+            dual=_where(complete, dual, state.dual),
+            anchor=_where(complete, dual, state.anchor),
+            kept=_where(complete, ones, state.kept),
             position=position,
         )
+
+
+def _where(condition: bool | jax.Array, yes: Weights, no: Weights) -> Weights:
+    if isinstance(condition, bool):
+        return yes if condition else no
+    return tuple(jnp.where(condition, y, n) for y, n in zip(yes, no, strict=True))

@@ -5,7 +5,7 @@ losses in `bias` (L2 carries the factor 1/2). Any part can be exchanged by
 `dataclasses.replace`.
 """
 
-from miras_jax.core.algorithm import GradientDescent, Momentum
+from miras_jax.core.algorithm import GradientDescent, Implicit, Momentum
 from miras_jax.core.bias import L2, DotProduct, Huber, Lp
 from miras_jax.core.memory import MLP, Linear
 from miras_jax.core.retention import KL, Decay, Keep, Lq
@@ -87,6 +87,24 @@ def gated_delta_net_miras() -> Rule:
     return Rule(Linear(), L2(), Decay(), GradientDescent(), chunk_size=1)
 
 
+def longhorn() -> Rule:
+    """M_t = (I - s k k^T) M + s v k^T, s = learn / (1 + learn |k|^2).
+
+    The exact online solution of |M - M_{t-1}|^2 + learn |M k - v|^2, learn one number
+    or one per value channel (arXiv 2407.14207, eq. 6 and 7).
+    """
+    return Rule(Linear(), L2(), Keep(), Implicit(), chunk_size=1)
+
+
+def delta_product(steps: int = 2) -> Rule:
+    """`steps` delta rules per token, each with a key, value and learn of its own.
+
+    Gated DeltaProduct, arXiv 2502.10297, section 3; one step is Gated DeltaNet.
+    """
+    algorithm = GradientDescent(at="retained", steps=steps)
+    return Rule(Linear(), L2(), Decay(), algorithm, chunk_size=1)
+
+
 ALL = (
     moneta,
     yaad,
@@ -99,5 +117,7 @@ ALL = (
     delta_net,
     gated_delta_net,
     gated_delta_net_miras,
+    longhorn,
+    delta_product,
 )
 """Every named rule, in the order of the table that `miras variants` prints."""

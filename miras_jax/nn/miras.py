@@ -103,7 +103,7 @@ class Miras(Choice):
 class MirasCache(NamedTuple):
     """What decoding needs: constant in size, whatever the length read."""
 
-    convolution: jax.Array  # [B, 3, 3 * H * K]
+    convolution: jax.Array  # [B, 3, (1 + 2 steps) * H * K]
     memory: State  # every leaf [B, H, ...]
     position: jax.Array  # [B]
 
@@ -119,12 +119,17 @@ class MirasLayer(nnx.Module):
             )
         channels = width // heads
         self.config = config
-        self.qkv = Projection(width, 3 * width, ("embed", "heads"), rngs=rngs)
-        self.convolution = CausalConvolution(3 * width, rngs=rngs)
+        # A query, and a key and a value for each of a token's steps.
+        self.steps = config.rule.algorithm.steps
+        read = (1 + 2 * self.steps) * width
+        self.qkv = Projection(width, read, ("embed", "heads"), rngs=rngs)
+        self.convolution = CausalConvolution(read, rngs=rngs)
         choices = config.rates or default_rates(config.rule)
         self.rates = nnx.data(
             {
-                name: getattr(choices, name).build(width, heads, channels, rngs)
+                name: getattr(choices, name).build(
+                    width, heads * self._copies(name), channels, rngs
+                )
                 for name in Rates._fields
                 if getattr(choices, name) is not None
             }
@@ -142,6 +147,10 @@ class MirasLayer(nnx.Module):
         self.output = Projection(
             width, width, ("heads", "embed"), scale=output_scale, rngs=rngs
         )
+
+    def _copies(self, rate: str) -> int:
+        """How many of a rate each head needs: learn and threshold one for each step."""
+        return self.steps if rate in ("learn", "threshold") else 1
 
     @property
     def memory_params(self) -> Params:
@@ -171,8 +180,14 @@ class MirasLayer(nnx.Module):
         position = jnp.zeros(batch, jnp.int32) if fresh else cache.position
 
         mixed, window = self.convolution(self.qkv(x), window)
+        cuts = [x.shape[-1], (1 + self.steps) * x.shape[-1]]
         queries, keys, values = (
-            split_heads(part, heads) for part in jnp.split(mixed, 3, axis=-1)
+            split_heads(part, heads * copies)
+            for part, copies in zip(
+                jnp.split(mixed, cuts, axis=-1),
+                (1, self.steps, self.steps),
+                strict=True,
+            )
         )
         indices = position[:, None] + jnp.arange(length)[None]
         # The even number of channels nearest to the share asked for.
@@ -182,9 +197,20 @@ class MirasLayer(nnx.Module):
         )
         # Of norm about one, like keys and the memory's own output.
         values = values * values.shape[-1] ** -0.5
-        rates = Rates(**{name: make(x) for name, make in self.rates.items()})
+        rates = {name: make(x) for name, make in self.rates.items()}
+        if self.steps > 1:
+
+            def by_step(t):
+                return t.reshape(*t.shape[:2], heads, self.steps, *t.shape[3:])
+
+            keys, values = by_step(keys), by_step(values)
+            rates = {
+                name: by_step(rate) if self._copies(name) > 1 else rate
+                for name, rate in rates.items()
+            }
         tokens = jax.tree.map(
-            lambda t: jnp.moveaxis(t, 2, 1), Tokens(queries, keys, values, rates)
+            lambda t: jnp.moveaxis(t, 2, 1),
+            Tokens(queries, keys, values, Rates(**rates)),
         )
 
         rule = self.config.rule

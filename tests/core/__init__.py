@@ -27,6 +27,8 @@ VARIANT_NAMES = (
     "delta_net",
     "gated_delta_net",
     "gated_delta_net_miras",
+    "longhorn",
+    "delta_product",
 )
 LENGTH = 11  # two chunks of four and an unfinished one
 
@@ -74,6 +76,15 @@ def axis_cases():
         "algorithm": algorithm.GradientDescent(at="retained"),
         "chunk_size": 1,
     }
+    gated = memory.GatedMLP(expansion=2, residual=True, norm=True)
+    power = retention.Bregman(retention.SignedPower(2.0))
+    longhorn = replace(linear, retention=retention.Keep())
+    two_steps = algorithm.GradientDescent(steps=2)
+    two_retained = {
+        "algorithm": algorithm.GradientDescent(at="retained", steps=2),
+        "chunk_size": 1,
+    }
+    implicit = {"algorithm": algorithm.Implicit(), "chunk_size": 1}
     momentum_lq = replace(mirror, algorithm=algorithm.Momentum())
     momentum_retained = replace(
         linear, algorithm=algorithm.Momentum(at="retained"), chunk_size=1
@@ -86,6 +97,10 @@ def axis_cases():
         Case("mlp-2-channels", plain, channelwise=True),
         Case("mlp-3", deep),
         Case("mlp-3-channels", deep, channelwise=True),
+        Case("gated-mlp", replace(plain, memory=memory.GatedMLP(expansion=2))),
+        Case("gated-mlp-norm-channels", replace(plain, memory=gated), True),
+        Case("linf", replace(plain, bias=bias.Linf())),
+        Case("robust", replace(plain, bias=bias.Robust(0.3))),
         Case("dot-product", replace(plain, bias=bias.DotProduct())),
         Case("lp-exact", replace(plain, bias=bias.Lp(3.0, smooth=False))),
         Case("l1", replace(plain, bias=bias.L1())),
@@ -101,6 +116,32 @@ def axis_cases():
         Case("kl-0", replace(plain, retention=retention.KL(mass=3.0, axis=0))),
         Case("kl-1", replace(plain, retention=retention.KL(mass=3.0, axis=1))),
         Case("kl-last", replace(plain, retention=retention.KL(mass=3.0, axis=-1))),
+        *(
+            Case(f"f-{name}", replace(plain, retention=gate))
+            for name, gate in {
+                "kl": retention.FDivergence("kl", mass=3.0),
+                "reverse-kl": retention.FDivergence("reverse_kl", mass=3.0, axis=1),
+                "chi-square": retention.FDivergence("chi_square", mass=3.0),
+                "hellinger": retention.FDivergence("hellinger", mass=3.0, axis=-1),
+            }.items()
+        ),
+        *(
+            Case(f"elastic-{name}", replace(plain, retention=gate), name != "hard")
+            for name, gate in {
+                "hard": retention.ElasticNet(threshold=0.02),
+                "hard-channels": retention.ElasticNet(threshold=0.02),
+                "smooth-channels": retention.ElasticNet(threshold=0.02, smooth=True),
+                "lazy-channels": retention.ElasticNet("lazy", 0.05),
+                "lazy-smooth-channels": retention.ElasticNet("lazy", 0.05, True),
+            }.items()
+        ),
+        Case("bregman-sigmoid", replace(plain, retention=retention.Bregman())),
+        Case("bregman-power-channels", replace(plain, retention=power), True),
+        Case("two-steps-channels", replace(yaad, algorithm=two_steps), True),
+        Case("two-steps-retained", replace(linear, **two_retained)),
+        Case("implicit", replace(linear, **implicit)),
+        Case("implicit-value-channels", replace(by_value, **implicit), True),
+        Case("implicit-keep", replace(longhorn, **implicit)),
         Case("retained-channels", replace(plain, **retained), channelwise=True),
         Case("momentum-channels", moving, channelwise=True),
         Case("momentum-linear", replace(moving, memory=memory.Linear())),
@@ -116,8 +157,8 @@ def all_cases():
 
 def dims(rule):
     """Key and value width; a residual needs them equal."""
-    plain = isinstance(rule.memory, memory.Linear) and not rule.memory.residual
-    return (4, 6) if plain else (4, 4)
+    same = isinstance(rule.memory, memory.MLP) or rule.memory.residual
+    return (4, 4) if same else (4, 6)
 
 
 def inputs(case, length=LENGTH, seed=0):
@@ -126,8 +167,11 @@ def inputs(case, length=LENGTH, seed=0):
     rng = np.random.default_rng(seed)
     key_dim, value_dim = dims(rule)
 
-    def rate(low, high, width):
-        shape = (length, width) if channelwise and width else (length,)
+    steps = rule.algorithm.steps
+    pairs = (length,) if steps == 1 else (length, steps)
+
+    def rate(low, high, width, tokens=(length,)):
+        shape = (*tokens, width) if channelwise and width else tokens
         return rng.uniform(low, high, shape)
 
     def parameter(path, leaf):
@@ -140,20 +184,20 @@ def inputs(case, length=LENGTH, seed=0):
         lambda: rule.init(jax.random.key(0), key_dim=key_dim, value_dim=value_dim)
     )
     params = jax.tree.map_with_path(parameter, shapes)
-    has_gate = not isinstance(rule.retention, retention.Keep)
+    has_gate = "keep" in rule.rates
     by_value = has_gate and getattr(rule.retention, "axis", "key") == "value"
     has_momentum = isinstance(rule.algorithm, algorithm.Momentum)
     has_threshold = isinstance(rule.bias, bias.Huber)
     rates = miras.Rates(
-        learn=rate(0.1, 0.6, value_dim),
+        learn=rate(0.1, 0.6, value_dim, pairs),
         keep=rate(0.7, 0.99, value_dim if by_value else key_dim) if has_gate else None,
         momentum=rate(0.4, 0.9, None) if has_momentum else None,
-        threshold=rate(0.8, 2.5, value_dim) if has_threshold else None,
+        threshold=rate(0.8, 2.5, value_dim, pairs) if has_threshold else None,
     )
     tokens = miras.Tokens(
         queries=rng.normal(size=(length, key_dim)) / np.sqrt(key_dim),
-        keys=rng.normal(size=(length, key_dim)) / np.sqrt(key_dim),
-        values=rng.normal(size=(length, value_dim)),
+        keys=rng.normal(size=(*pairs, key_dim)) / np.sqrt(key_dim),
+        values=rng.normal(size=(*pairs, value_dim)),
         rates=rates,
     )
     return params, tokens

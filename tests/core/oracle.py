@@ -8,6 +8,8 @@ at the end are recurrences copied from the papers of single models, independent 
 L length, K key width, V value width; a weight matrix is [in, out].
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 LAYER_NORM_EPS = 1e-6
@@ -25,11 +27,24 @@ def gelu_derivative(z):
     return 0.5 * (1 + t) + 0.5 * z * (1 - t**2) * inner
 
 
+def silu(z):
+    return z / (1 + np.exp(-z))
+
+
+def silu_derivative(z):
+    s = 1 / (1 + np.exp(-z))
+    return s + z * s * (1 - s)
+
+
 class Memory:
-    """M(x) = [x +] [LN] W_n ... gelu(W_1 x), with its gradient by hand."""
+    """M(x) = [x +] [LN] W_n ... gelu(W_1 x), with its gradient by hand.
+
+    Gated: M(x) = [x +] [LN] W_3 (silu(W_1 x) * W_2 x).
+    """
 
     def __init__(self, kind, params):
         is_mlp = type(kind).__name__ == "MLP"
+        self.gated = type(kind).__name__ == "GatedMLP"
         self.residual = is_mlp or kind.residual
         self.norm = is_mlp or kind.norm
         self.scale, self.bias = params.norm_scale, params.norm_bias
@@ -39,7 +54,9 @@ class Memory:
         inputs, products = [], []
         h = x
         for i, w in enumerate(weights):
-            if i > 0:
+            if self.gated:
+                h = x if i < 2 else silu(products[0]) * products[1]
+            elif i > 0:
                 h = gelu(products[-1])
             inputs.append(h)
             products.append(h @ w)
@@ -61,6 +78,14 @@ class Memory:
             d = d * np.asarray(self.scale)
             along = normalised * np.mean(d * normalised)
             d = (d - d.mean() - along) / deviation
+        if self.gated:
+            inner = weights[2] @ d
+            through_gate = inner * products[1] * silu_derivative(products[0])
+            return [
+                np.outer(x, through_gate),
+                np.outer(x, inner * silu(products[0])),
+                np.outer(inputs[2], d),
+            ]
         gradients = [None] * len(weights)
         for i in reversed(range(len(weights))):
             gradients[i] = np.outer(inputs[i], d)
@@ -85,6 +110,12 @@ def cotangent(bias, prediction, value, threshold):
             return bias.p * smooth_sign * smooth_power
         case "Lp":
             return bias.p * np.sign(r) * np.abs(r) ** (bias.p - 1)
+        case "Linf":
+            size = np.sqrt(r**2 + SMOOTH_EPS)
+            share = np.exp((size - size.max()) / bias.temperature)
+            return share / share.sum() * r / size
+        case "Robust":
+            return r + bias.radius * r / np.sqrt(np.sum(r**2))
         case "Huber":
             t = bias.threshold if threshold is None else threshold
             length = np.sqrt(np.sum(r**2))
@@ -114,7 +145,59 @@ def weights_of(retention, a):
         case "KL":
             e = np.exp(a - a.max())
             return retention.mass * e / e.sum(axis=retention.axis, keepdims=True)
+        case "FDivergence":
+            return a
+        case "ElasticNet":
+            return a if retention.form == "proximal" else shrink(retention, a)
+        case "Bregman" if type(retention.link).__name__ == "Sigmoid":
+            return 1 / (1 + np.exp(-a))
+        case "Bregman":
+            return np.sign(a) * np.abs(a) ** retention.link.power
     raise NotImplementedError(f"the oracle does not know {retention}")
+
+
+def shrink(retention, z):
+    """Soft threshold, or its surrogate |z| arctan(z / gamma) / (pi / 2)."""
+    if retention.smooth:
+        return np.abs(z) * np.arctan(z / retention.threshold) / (np.pi / 2)
+    return np.where(
+        np.abs(z) > retention.threshold, z - np.sign(z) * retention.threshold, 0
+    )
+
+
+def bisect(function, low, high):
+    """A root of an array function that falls from `low` to `high`, entry by entry."""
+    for _ in range(200):
+        middle = (low + high) / 2
+        above = function(middle) > 0
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    return (low + high) / 2
+
+
+def settle(retention, anchor, a):
+    """The proximal step at a chunk's end."""
+    match type(retention).__name__:
+        case "ElasticNet" if retention.form == "proximal":
+            return shrink(retention, a)
+        case "FDivergence":
+            # W g(U - zeta), g the inverse of f', for the four generators of the paper.
+            inverse, at_one, pole = {
+                "kl": (lambda y: np.exp(y - 1), 1.0, np.inf),
+                "reverse_kl": (lambda y: -1 / y, -1.0, 0.0),
+                "chi_square": (lambda y: np.maximum(0, 1 + y / 2), 0.0, np.inf),
+                "hellinger": (lambda y: (1 - y) ** -2.0, 0.0, 1.0),
+            }[retention.generator]
+            steps, axis = a - anchor, retention.axis
+            top = steps.max(axis=axis, keepdims=True)
+            bottom = steps.min(axis=axis, keepdims=True)
+            low = np.maximum(bottom - at_one, top - pole + 1e-12)
+
+            def excess(zeta):
+                total = (anchor * inverse(steps - zeta)).sum(axis=axis, keepdims=True)
+                return total - retention.mass
+
+            return anchor * inverse(steps - bisect(excess, low, top - at_one))
+    return a
 
 
 def dual_of(retention, w):
@@ -124,8 +207,22 @@ def dual_of(retention, w):
             At q = 3 only the direction of A counts, and A = W serves.
     mirror: |W|_p = |A|_q with p = q / (q - 1), then undo the elementwise power.
     """
-    if type(retention).__name__ != "Lq":
-        return w  # the parameters of KL are logits already
+    match type(retention).__name__:
+        case "FDivergence":
+            e = np.exp(w - w.max())
+            return retention.mass * e / e.sum(axis=retention.axis, keepdims=True)
+        case "ElasticNet" if retention.form == "lazy":
+            high = np.abs(w) + 10 * retention.threshold
+            size = bisect(
+                lambda z: np.abs(w) - shrink(retention, z), np.zeros_like(w), high
+            )
+            return np.sign(w) * size
+        case "Bregman" if type(retention.link).__name__ == "SignedPower":
+            return np.sign(w) * np.abs(w) ** (1 / retention.link.power)
+        case "Lq":
+            pass
+        case _:
+            return w  # the parameters of KL and of a sigmoid are duals already
     q = retention.q
     if retention.form == "paper":
         if q == 3:
@@ -144,10 +241,19 @@ def linear_scale(retention, a):
             return norm(a, retention.q) ** 2 / np.sum(a**2)
         case "KL":
             return retention.mass / a.shape[retention.axis]
+        case "FDivergence":
+            curvature = {"chi_square": 2, "hellinger": 0.5}
+            mean = retention.mass / a.shape[retention.axis]
+            return mean / curvature.get(retention.generator, 1)
+        case "Bregman" if type(retention.link).__name__ == "Sigmoid":
+            return np.mean(np.exp(-a) / (1 + np.exp(-a)) ** 2)
+        case "Bregman":
+            power = retention.link.power
+            return np.mean(power * np.abs(a) ** (power - 1))
     return 1.0
 
 
-def rate_per_matrix(rate, count, single_axis):
+def rate_per_matrix(rate, count, single_axis, entries=1):
     """Shape one token's rate for each matrix: rows of the first, columns of the last.
 
     A single matrix has both roles; `single_axis` says which one the rate takes.
@@ -159,7 +265,7 @@ def rate_per_matrix(rate, count, single_axis):
     rows, columns = rate[:, None], rate[None, :]
     if count == 1:
         return [rows if single_axis == "key" else columns]
-    return [rows] + [rate.mean()] * (count - 2) + [columns]
+    return [rows] * entries + [rate.mean()] * (count - 1 - entries) + [columns]
 
 
 def token_rates(rule, rates, count, s):
@@ -169,16 +275,51 @@ def token_rates(rule, rates, count, s):
     )
     kind = type(rule.retention).__name__
     keep_axis = rule.retention.axis if kind == "Decay" else "key"
+    entries = 2 if type(rule.memory).__name__ == "GatedMLP" else 1
+    keep = None if kind in ("Keep", "FDivergence") else keep
     return (
-        rate_per_matrix(learn, count, "value"),
-        rate_per_matrix(None if kind == "Keep" else keep, count, keep_axis),
+        rate_per_matrix(learn, count, "value", entries),
+        rate_per_matrix(keep, count, keep_axis, entries),
         momentum,
         threshold,
     )
 
 
+def every_pair(tokens):
+    """One token per key-value pair; a token forgets before its first pair."""
+    queries, keys, values, (learn, keep, momentum, threshold) = tokens
+    length, steps = np.shape(keys)[:2]
+    pairs = [divmod(i, steps) for i in range(length * steps)]
+    ones = None if keep is None else np.ones_like(keep[0])
+    rates = type(tokens.rates)(
+        learn=np.array([learn[t][i] for t, i in pairs]),
+        keep=None
+        if keep is None
+        else np.array([keep[t] if i == 0 else ones for t, i in pairs]),
+        momentum=momentum,
+        threshold=None
+        if threshold is None
+        else np.array([threshold[t][i] for t, i in pairs]),
+    )
+    return type(tokens)(
+        queries=np.array([queries[t] for t, _ in pairs]),
+        keys=np.array([keys[t][i] for t, i in pairs]),
+        values=np.array([values[t][i] for t, i in pairs]),
+        rates=rates,
+    )
+
+
 def run(rule, params, tokens):
     """Return outputs [L, V] and the weights W_L = weights(A_L) after the last token."""
+    steps = rule.algorithm.steps
+    if steps > 1:
+        single = replace(
+            rule,
+            algorithm=replace(rule.algorithm, steps=1),
+            chunk_size=1 if rule.chunk_size == 1 else rule.chunk_size * steps,
+        )
+        outputs, weights = run(single, params, every_pair(tokens))
+        return outputs[steps - 1 :: steps], weights
     queries, keys, values = (np.asarray(x, np.float64) for x in tokens[:3])
     matrices = [np.asarray(w, np.float64) for w in params.weights]
     every = range(len(matrices))
@@ -195,6 +336,7 @@ def run(rule, params, tokens):
         learn, keep, momentum, threshold = token_rates(rule, tokens.rates, len(a), s)
 
         if s % rule.chunk_size == 0:
+            a_c = list(a)
             w_c = [weights_of(rule.retention, a[i]) for i in every]
             scale = [linear_scale(rule.retention, a[i]) for i in every]
             kept = [np.ones_like(a[i]) for i in every]
@@ -208,17 +350,22 @@ def run(rule, params, tokens):
         )
         for i in every:
             step = -learn[i] * g[i]
+            if type(rule.algorithm).__name__ == "Implicit":
+                step = step / (1 + learn[i] * (keys[s] @ keys[s]))
             if has_momentum:
                 step = m[i] = momentum * m[i] + step
             a[i] = keep[i] * a[i] + step
             kept[i] = keep[i] * kept[i]
             added[i] = keep[i] * added[i] + step
 
+        settled = [settle(rule.retention, a_c[i], a[i]) for i in every]
         if exact:
-            w = [weights_of(rule.retention, a[i]) for i in every]
+            w = [weights_of(rule.retention, settled[i]) for i in every]
         else:
             w = [kept[i] * w_c[i] + scale[i] * added[i] for i in every]
         outputs.append(memory.forward(w, queries[s])[0])
+        if (s + 1) % rule.chunk_size == 0:
+            a = settled
     return np.array(outputs), [weights_of(rule.retention, a[i]) for i in every]
 
 
@@ -287,5 +434,34 @@ def titans(state, queries, keys, values, theta, alpha, eta):
         gradient = 2 * np.outer(state @ k - v, k)
         surprise = carried * surprise - step * gradient
         state = (1 - forgotten) * state + surprise
+        outputs.append(state @ q)
+    return np.array(outputs)
+
+
+def longhorn(state, queries, keys, values, beta):
+    """The minimum of |S - S_{t-1}|^2 + beta |S k - v|^2  (arXiv 2407.14207, eq. 5).
+
+    By its normal equations S (I + beta k k^T) = S_{t-1} + beta v k^T.
+    """
+    outputs = []
+    for q, k, v, b in zip(queries, keys, values, beta, strict=True):
+        matrix = np.eye(len(k)) + b * np.outer(k, k)
+        state = np.linalg.solve(matrix, (state + b * np.outer(v, k)).T).T
+        outputs.append(state @ q)
+    return np.array(outputs)
+
+
+def delta_product(state, queries, keys, values, beta, alpha):
+    """S_t = alpha S_{t-1} prod_i (I - b k k^T) + ..., one factor after the other.
+
+    Gated DeltaProduct, arXiv 2502.10297; pairs along the second axis.
+    """
+    outputs = []
+    for q, pairs_k, pairs_v, pairs_b, a in zip(
+        queries, keys, values, beta, alpha, strict=True
+    ):
+        state = a * state
+        for k, v, b in zip(pairs_k, pairs_v, pairs_b, strict=True):
+            state = state @ (np.eye(len(k)) - b * np.outer(k, k)) + b * np.outer(v, k)
         outputs.append(state @ q)
     return np.array(outputs)

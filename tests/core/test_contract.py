@@ -261,6 +261,19 @@ def test_readout_and_chunk_size_are_part_of_the_model():
         (lambda: retention.KL(mass=0.0, axis=0), "mass"),
         (lambda: algorithm.GradientDescent(at="next"), "at="),
         (lambda: replace(variant("gated_delta_net"), chunk_size=4), "chunk_size=1"),
+        (lambda: algorithm.GradientDescent(steps=0), "steps"),
+        (lambda: replace(variant("longhorn"), chunk_size=4), "chunk_size=1"),
+        (lambda: replace(variant("longhorn"), bias=bias.L1()), "bias.L2"),
+        (lambda: replace(variant("yaad"), algorithm=algorithm.Implicit()), "at='prev"),
+        (lambda: retention.FDivergence("jensen"), "reverse_kl"),
+        (lambda: retention.FDivergence(axis=2), "axis"),
+        (lambda: retention.FDivergence(mass=-1.0), "mass"),
+        (lambda: retention.ElasticNet("hard"), "form"),
+        (lambda: retention.ElasticNet(threshold=0.0), "retention.Decay"),
+        (lambda: retention.SignedPower(0.0), "power"),
+        (lambda: bias.Linf(0.0), "temperature"),
+        (lambda: bias.Robust(-1.0), "radius"),
+        (lambda: memory.GatedMLP(expansion=0), "expansion"),
         (lambda: memory.MLP(depth=0, expansion=4), "depth"),
         (lambda: memory.MLP(depth=2, expansion=0), "expansion"),
     ],
@@ -271,7 +284,10 @@ def test_impossible_choices_fail_at_construction(build, word):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [memory.MLP(), memory.Linear(residual=True)])
+@pytest.mark.parametrize(
+    "kind",
+    [memory.MLP(), memory.Linear(residual=True), memory.GatedMLP(residual=True)],
+)
 def test_a_residual_memory_needs_equal_widths(kind, key):
     rule = replace(variant("yaad"), memory=kind)
     with pytest.raises(UserError, match="key_dim"):
@@ -301,6 +317,14 @@ def test_momentum_without_its_rate_is_refused():
 
 def test_kl_refuses_channelwise_keep():
     refuse(variant("memora"), "keep", keep=np.full((core.LENGTH, 4), 0.9))
+
+
+def test_tokens_without_a_pair_for_every_step_are_refused():
+    rule = variant("delta_product")
+    params, tokens = core.inputs(Case("refused", rule))
+    fewer = tokens._replace(keys=tokens.keys[:, :1])
+    with pytest.raises(UserError, match="first axes"):
+        miras.run(rule, params, rule.start(params), fewer)
 
 
 def test_channelwise_momentum_is_refused():

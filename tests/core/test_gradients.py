@@ -27,8 +27,20 @@ def gradient_cases():
         rule = replace(table[name].rule, readout="exact")
         yield table[name]._replace(name=f"{name}-exact", rule=rule)
     yield from (case for case in table.values() if case.channelwise)
-    for name in ("huber-coordinate", "huber-norm", "lp-exact", "momentum-lq"):
+    for name in (
+        "huber-coordinate",
+        "huber-norm",
+        "lp-exact",
+        "linf",
+        "robust",
+        "f-reverse-kl",
+        "f-chi-square",
+        "bregman-sigmoid",
+        "momentum-lq",
+    ):
         yield table[name]
+    exact = replace(table["f-hellinger"].rule, readout="exact")
+    yield table["f-hellinger"]._replace(name="f-hellinger-exact", rule=exact)
 
 
 CASES = list(gradient_cases())

@@ -14,7 +14,13 @@ from tests.core import Case, error, oracle
 pytestmark = pytest.mark.usefixtures("float64")
 
 CASES = core.all_cases()
-NONLINEAR = (retention.Lq, retention.KL)
+NONLINEAR = (
+    retention.Lq,
+    retention.KL,
+    retention.FDivergence,
+    retention.ElasticNet,
+    retention.Bregman,
+)
 
 
 def configurations():
@@ -137,6 +143,8 @@ def test_linear_rules_run_in_blocks(loss, step, axis):
         "delta_net",
         "gated_delta_net",
         "gated_delta_net_miras",
+        "longhorn",
+        "delta_product",
         "titans",
     ],
 )
@@ -148,8 +156,9 @@ def test_published_recurrences(variant, implementation):
         rule = replace(rule, memory=memory.Linear(), chunk_size=1)
     params, tokens = core.inputs(Case(variant, rule), length=150)
     # Unit keys, as those papers have them, keep the delta rule stable.
-    keys = tokens.keys / np.linalg.norm(tokens.keys, axis=1, keepdims=True)
-    learn = None if variant in ("linear_attention", "retnet") else tokens.rates.learn
+    keys = tokens.keys / np.linalg.norm(tokens.keys, axis=-1, keepdims=True)
+    hebbian = variant in ("linear_attention", "retnet")
+    learn = None if hebbian else tokens.rates.learn
     rates = tokens.rates._replace(learn=learn)
     tokens = tokens._replace(keys=keys, rates=rates)
 
@@ -161,9 +170,9 @@ def test_published_recurrences(variant, implementation):
             expected = recurrence(state, *sequences)
         case "retnet":
             expected = recurrence(state, *sequences, rates.keep)
-        case "delta_net":
+        case "delta_net" | "longhorn":
             expected = recurrence(state, *sequences, learn)
-        case "gated_delta_net" | "gated_delta_net_miras":
+        case "gated_delta_net" | "gated_delta_net_miras" | "delta_product":
             expected = recurrence(state, *sequences, learn, rates.keep)
         case "titans":
             gates = (learn / 2, 1 - rates.keep, rates.momentum)

@@ -1,0 +1,90 @@
+"""What a retention gate is, and those whose weights are their dual: Keep, Decay."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from miras_jax.core.types import Choice
+from miras_jax.errors import UserError
+
+
+class Retention(Protocol):
+    """What a rule needs of a retention gate."""
+
+    is_identity: bool  # whether weights(A) = A
+    rates: tuple[str, ...]  # the rates that it uses: keep, unless it never forgets
+    channelwise: bool  # whether rates.keep may differ between channels
+    axis: str  # "key" or "value": where a channel-wise keep acts on a single matrix
+
+    def weights(self, dual: jax.Array) -> jax.Array: ...
+
+    def initial(self, weights: jax.Array) -> jax.Array:
+        """What `params.weights` start from, given a memory's plain initial weights."""
+
+    def dual(self, weights: jax.Array) -> jax.Array:
+        """A_0 from the learned initial weights `params.weights`."""
+
+    def scale(self, dual: jax.Array) -> jax.Array:
+        """Frozen factor s of the linear readout W_s = K_s W_c + s U_s."""
+
+    settles: bool  # whether settle does anything
+
+    def settle(self, anchor: jax.Array, dual: jax.Array) -> jax.Array:
+        """The dual at a chunk's end, from the one at its start and K A_c + U."""
+
+
+class Gate(Choice):
+    """What most gates have in common."""
+
+    is_identity = False
+    rates = ("keep",)
+    channelwise = True
+    axis = "key"
+    settles = False
+
+    def initial(self, weights):
+        return weights
+
+    def settle(self, anchor, dual):
+        return dual
+
+
+class Identity(Gate):
+    """Weights and dual are the same."""
+
+    is_identity = True
+
+    def weights(self, dual):
+        return dual
+
+    def dual(self, weights):
+        return weights
+
+    def scale(self, dual):
+        return jnp.ones((), dual.dtype)
+
+
+@dataclass(frozen=True, repr=False)
+class Keep(Identity):
+    """No forgetting: W_s = W_{s-1} + step_s; `rates.keep` is not used."""
+
+    rates = ()
+
+
+@dataclass(frozen=True, repr=False)
+class Decay(Identity):
+    """L2 retention: W_s = keep_s W_{s-1} + step_s (Miras, eq. 26; Titans, eq. 13).
+
+    keep is scalar or channel-wise; on a memory of a single matrix the channels are
+    those of the "key" (GLA) or of the "value" axis.
+    """
+
+    axis: Literal["key", "value"] = "key"
+
+    def __post_init__(self):
+        if self.axis not in ("key", "value"):
+            raise UserError(
+                f"retention.Decay(axis=...) is 'key' or 'value'; got {self.axis!r}."
+            )
