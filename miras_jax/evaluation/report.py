@@ -42,7 +42,9 @@ def summary(run: Run, restored: Restored, program: str = "miras") -> str:
     """
     totals = run.evaluate(restored.state.parameters)
     quality = perplexity.quality(totals, run.prepared)
+    references = compression.reference(run.prepared)
     plot_positions(run, totals)
+    _plot_losses(run, quality, references)
     prompt = opening_words(run.prepared)
     pieces = generate(
         run.model,
@@ -56,7 +58,7 @@ def summary(run: Run, restored: Restored, program: str = "miras") -> str:
         [
             heading(run, restored, totals),
             "",
-            *quality_table(quality, compression.reference(run.prepared)),
+            *quality_table(quality, references),
             "",
             f"loss plot  {run.workdir / 'loss.png'}",
             "",
@@ -131,6 +133,15 @@ def plot_positions(run: Run, totals: Totals) -> Path:
         run.workdir / "loss_by_position.png",
         title="Held-out loss by position in the context",
     )
+
+
+def _plot_losses(run: Run, quality: Quality, references: Mapping[str, float]) -> None:
+    """`loss.png` once more, with what the compressors need as lines across it."""
+    from miras_jax.training.plots import plot_losses  # slow to import
+
+    nats_per_bit = quality.nats_per_token / quality.bits_per_byte
+    lines = {name: bits * nats_per_bit for name, bits in references.items()}
+    plot_losses(run.workdir, title=run.workdir.name, references=lines)
 
 
 def opening_words(prepared: Prepared) -> str:

@@ -81,13 +81,16 @@ def plot_by_position(
 
     `curves[name][i]` is the mean loss in nats of the token with `i + 1` tokens before
     it in the context, `[L]`; lengths may differ. The position axis is logarithmic, and
-    the strong line is the mean over each of its small equal parts. Writes a PNG of
-    800 x 500 pixels to `path` and returns it.
+    the strong line is the mean over each of its small equal parts: an eighth of an
+    octave, or half of one with more than three curves, which are then named beside the
+    plot, highest end first. Writes a PNG of 800 x 500 pixels to `path` and returns it.
     """
     if not curves:
         raise UserError("there is no curve to plot: give at least one model's losses")
     figure, axes = _figure(title)
-    for (name, curve), colour in zip(curves.items(), cycle(COLOURS), strict=False):
+    few = len(curves) <= 3
+    styles = cycle([(line, c) for line in ("-", "--") for c in COLOURS])
+    for (name, curve), (line, colour) in zip(curves.items(), styles, strict=False):
         curve = np.asarray(curve, np.float64)
         if curve.ndim != 1 or not curve.size:
             raise UserError(
@@ -95,16 +98,23 @@ def plot_by_position(
                 "give one loss per position"
             )
         position = np.arange(1, curve.size + 1)
-        axes.plot(position, curve, color=colour, alpha=0.15, linewidth=0.8, zorder=1)
+        if few:
+            axes.plot(
+                position, curve, color=colour, alpha=0.15, linewidth=0.8, zorder=1
+            )
         axes.plot(
-            *_log_binned(position, curve), color=colour, linewidth=1.8, label=name
+            *_log_binned(position, curve, parts=8 if few else 2),
+            line,
+            color=colour,
+            linewidth=1.8,
+            label=name,
         )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("position in the context (tokens)")
     axes.margins(x=0.02)
-    return _save(figure, axes, Path(path))
+    return _save(figure, axes, Path(path), legend_beside=not few)
 
 
 def _losses(table: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -129,11 +139,11 @@ def _smoothed(step: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _log_binned(
-    position: np.ndarray, curve: np.ndarray
+    position: np.ndarray, curve: np.ndarray, parts: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means over an eighth of an octave; the first positions stand alone."""
+    """Means over so many parts of each octave; the first positions stand alone."""
     # Half a token earlier, so that a power of two ends a part instead of starting one.
-    part = np.floor(8 * np.log2(position - 0.5)).astype(int)
+    part = np.floor(parts * np.log2(position - 0.5)).astype(int)
     _, part, count = np.unique(part, return_inverse=True, return_counts=True)
     centre = np.exp(np.bincount(part, np.log(position)) / count)
     return centre, np.bincount(part, curve) / count
@@ -150,7 +160,9 @@ def _figure(title: str | None) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, axes: Axes, path: Path) -> Path:
+def _save(
+    figure: Figure, axes: Axes, path: Path, *, legend_beside: bool = False
+) -> Path:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
@@ -159,7 +171,12 @@ def _save(figure: Figure, axes: Axes, path: Path) -> Path:
         label.set(fontsize=11, color=INK)
     axes.grid(color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=10, labelcolor=INK, edgecolor="white", framealpha=0.9)
+    look = {"fontsize": 10, "labelcolor": INK, "edgecolor": "white"}
+    if legend_beside:
+        lines = sorted(axes.get_lines(), key=lambda line: -line.get_ydata()[-1])
+        axes.legend(handles=lines, loc="upper left", bbox_to_anchor=(1, 1), **look)
+    else:
+        axes.legend(framealpha=0.9, **look)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
     return path

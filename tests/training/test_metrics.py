@@ -332,6 +332,20 @@ def test_plot_by_position(tmp_path):
     assert near(image[200:, 600:680], "#d55e00") > 20
 
 
+def test_many_curves_are_named_beside_the_plot(tmp_path):
+    """Seven, of which the last is dashed in the colour of the first."""
+    position = np.arange(1, 129)
+    curves = {f"model {i}": 2 + i + 3 / position for i in range(7)}
+    image = imread(plot_by_position(curves, tmp_path / "position.png"))
+    assert image.shape == (500, 800, 4)
+    names = image[:, 700:, :3].sum(axis=2) < 1.5
+    assert names.any(axis=1).sum() > 7 * 8
+    blue = (np.abs(image[:, :640, :3] - [0, 0x72 / 255, 0xB2 / 255]) < 0.1).all(axis=2)
+    # The highest curve has gaps, the lowest has none.
+    top, bottom = blue[:250, 300:600].any(axis=0), blue[250:, 300:600].any(axis=0)
+    assert 0.3 < top.mean() < 0.95 and bottom.all()
+
+
 def test_plot_errors_say_what_to_do(tmp_path):
     with pytest.raises(UserError, match="metrics.csv does not exist: give"):
         plot_losses(tmp_path)
