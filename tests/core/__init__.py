@@ -189,7 +189,7 @@ def inputs(case, length=LENGTH, seed=0):
     has_momentum = isinstance(rule.algorithm, algorithm.Momentum)
     has_threshold = isinstance(rule.bias, bias.Huber)
     rates = miras.Rates(
-        learn=rate(0.1, 0.6, value_dim, pairs),
+        learn=rate(0.1, 0.6, value_dim, pairs) / steps,
         keep=rate(0.7, 0.99, value_dim if by_value else key_dim) if has_gate else None,
         momentum=rate(0.4, 0.9, None) if has_momentum else None,
         threshold=rate(0.8, 2.5, value_dim, pairs) if has_threshold else None,

@@ -202,7 +202,7 @@ def test_init_is_random_and_runs(case, key):
         for k in jax.random.split(key)
     )
     outputs, state = core.run_whole(case.rule, None)(first, tokens)
-    assert outputs.shape == tokens.values.shape
+    assert outputs.shape == (core.LENGTH, value_dim)
     assert np.all(np.isfinite(outputs))
     linear_from_zero = all(np.all(w == 0) for w in first.weights)
     assert linear_from_zero or error(first.weights[0], second.weights[0]) > 0.1
