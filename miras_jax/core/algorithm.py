@@ -47,18 +47,28 @@ def _check_at(at: str) -> None:
         )
 
 
-class _Explicit(Choice):
-    """What algorithms that take the step as it is have in common."""
+class _Descent(Choice):
+    """One step per token, which enters the dual as it is."""
 
+    rates = ()
     steps = 1
     implicit = False
 
     def step_size(self, learn, keys):
         return learn
 
+    def start(self, dual):
+        return ()
+
+    def step(self, carried, update, momentum):
+        return update, None
+
+    def flow(self, log_keep, momentum, side, when, written):
+        return causal.decay_flow(log_keep, side, when)
+
 
 @dataclass(frozen=True, repr=False)
-class GradientDescent(_Explicit):
+class GradientDescent(_Descent):
     """step_s = u_s (Miras, eq. 5).
 
     The gradient is taken at the weights before this token's decay (Miras, Titans) or,
@@ -74,8 +84,6 @@ class GradientDescent(_Explicit):
     at: At = "previous"
     steps: int = 1
 
-    rates = ()
-
     def __post_init__(self):
         _check_at(self.at)
         if self.steps < 1:
@@ -83,18 +91,9 @@ class GradientDescent(_Explicit):
                 f"algorithm.GradientDescent needs steps >= 1; got {self.steps}."
             )
 
-    def start(self, dual):
-        return ()
-
-    def step(self, carried, update, momentum):
-        return update, None
-
-    def flow(self, log_keep, momentum, side, when, written):
-        return causal.decay_flow(log_keep, side, when)
-
 
 @dataclass(frozen=True, repr=False)
-class Implicit(Choice):
+class Implicit(_Descent):
     """W_s = argmin |W - keep_s W_{s-1}|^2 / 2 learn_s + loss(W): the proximal step.
 
     For a plain matrix and the L2 bias that is the delta rule at the decayed weights
@@ -103,8 +102,6 @@ class Implicit(Choice):
     """
 
     at = "retained"
-    rates = ()
-    steps = 1
     implicit = True
 
     def step_size(self, learn, keys):
@@ -112,18 +109,9 @@ class Implicit(Choice):
         square = jnp.sum(keys * keys, axis=-1, keepdims=learn.ndim == keys.ndim)
         return learn / (1 + learn * square)
 
-    def start(self, dual):
-        return ()
-
-    def step(self, carried, update, momentum):
-        return update, None
-
-    def flow(self, log_keep, momentum, side, when, written):
-        return causal.decay_flow(log_keep, side, when)
-
 
 @dataclass(frozen=True, repr=False)
-class Momentum(_Explicit):
+class Momentum(_Descent):
     """step_s = m_s = momentum_s m_{s-1} + u_s (Titans, eq. 9 and 13), from m_0 = 0."""
 
     at: At = "previous"

@@ -9,7 +9,7 @@ import pytest
 import miras_jax as miras
 from miras_jax import algorithm, bias, memory, retention
 from tests import core
-from tests.core import Case, error, oracle
+from tests.core import Case, error, oracle, recurrences
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -164,7 +164,7 @@ def test_published_recurrences(variant, implementation):
 
     state = params.weights[0].T
     sequences = (tokens.queries, keys, tokens.values)
-    recurrence = getattr(oracle, variant)
+    recurrence = getattr(recurrences, variant)
     match variant:
         case "linear_attention":
             expected = recurrence(state, *sequences)
