@@ -1,0 +1,39 @@
+"""Published models as rules: Table 1 of Miras (arXiv 2504.13173), one function each.
+
+Conventions: `learn` is the step size, `keep` the fraction kept, gradients are of the
+losses in `bias` (L2 carries the factor 1/2). Any part can be exchanged by
+`dataclasses.replace`.
+"""
+
+from miras_jax.core.variants.deep import titans as titans
+from miras_jax.core.variants.deep import ttt_linear as ttt_linear
+from miras_jax.core.variants.deep import ttt_mlp as ttt_mlp
+from miras_jax.core.variants.linear import delta_net as delta_net
+from miras_jax.core.variants.linear import delta_product as delta_product
+from miras_jax.core.variants.linear import gated_delta_net as gated_delta_net
+from miras_jax.core.variants.linear import (
+    gated_delta_net_miras as gated_delta_net_miras,
+)
+from miras_jax.core.variants.linear import linear_attention as linear_attention
+from miras_jax.core.variants.linear import longhorn as longhorn
+from miras_jax.core.variants.linear import retnet as retnet
+from miras_jax.core.variants.miras import memora as memora
+from miras_jax.core.variants.miras import moneta as moneta
+from miras_jax.core.variants.miras import yaad as yaad
+
+ALL = (
+    moneta,
+    yaad,
+    memora,
+    titans,
+    ttt_mlp,
+    ttt_linear,
+    linear_attention,
+    retnet,
+    delta_net,
+    gated_delta_net,
+    gated_delta_net_miras,
+    longhorn,
+    delta_product,
+)
+"""Every named rule, in the order of the table that `miras variants` prints."""
