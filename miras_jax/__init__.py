@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from miras_jax.core import variants as variants
     from miras_jax.core.engine import run as run
     from miras_jax.core.engine import step as step
+    from miras_jax.core.info import Info as Info
+    from miras_jax.core.info import observe as observe
     from miras_jax.core.rule import Rule as Rule
     from miras_jax.core.types import Params as Params
     from miras_jax.core.types import Rates as Rates
@@ -26,6 +28,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "run": "engine",
     "step": "engine",
+    "Info": "info",
+    "observe": "info",
     "Rule": "rule",
     "Params": "types",
     "Rates": "types",
