@@ -169,16 +169,16 @@ class MirasLayer(nnx.Module):
             jnp.zeros(batch, jnp.int32),
         )
 
-    def __call__(
-        self, x: jax.Array, cache: MirasCache | None = None
-    ) -> tuple[jax.Array, MirasCache | None]:
-        """`[B, L, D]` -> the same; without a cache from the start, and none is kept."""
-        batch, length, _ = x.shape
-        heads = self.config.num_heads
-        fresh = cache is None
-        window = self.convolution.start(batch, x.dtype) if fresh else cache.convolution
-        position = jnp.zeros(batch, jnp.int32) if fresh else cache.position
+    def tokens(
+        self, x: jax.Array, window: jax.Array, position: jax.Array
+    ) -> tuple[Tokens, jax.Array]:
+        """What the memories read of `[B, L, D]`, every leaf `[B, H, L, ...]`.
 
+        window: the convolution's cache, position: `[B]` tokens read before; also the
+        new window.
+        """
+        heads = self.config.num_heads
+        length = x.shape[1]
         mixed, window = self.convolution(self.qkv(x), window)
         cuts = [x.shape[-1], (1 + self.steps) * x.shape[-1]]
         queries, keys, values = (
@@ -212,7 +212,17 @@ class MirasLayer(nnx.Module):
             lambda t: jnp.moveaxis(t, 2, 1),
             Tokens(queries, keys, values, Rates(**rates)),
         )
+        return tokens, window
 
+    def __call__(
+        self, x: jax.Array, cache: MirasCache | None = None
+    ) -> tuple[jax.Array, MirasCache | None]:
+        """`[B, L, D]` -> the same; without a cache from the start, and none is kept."""
+        batch, length, _ = x.shape
+        fresh = cache is None
+        window = self.convolution.start(batch, x.dtype) if fresh else cache.convolution
+        position = jnp.zeros(batch, jnp.int32) if fresh else cache.position
+        tokens, window = self.tokens(x, window, position)
         rule = self.config.rule
 
         def read_new(params, tokens):
