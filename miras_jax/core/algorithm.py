@@ -25,6 +25,8 @@ class Algorithm(Protocol):
     rates: tuple[str, ...]  # the rates without which it cannot run
     steps: int  # key-value pairs per token
     implicit: bool  # whether it solves for the step, which only the delta rule allows
+    erases: bool  # whether it erases at keys of their own: the delta rule, taken apart
+    axis: str  # "key" or "value": where a channel-wise learn acts on a single matrix
 
     def step_size(self, learn: jax.Array | None, keys: jax.Array) -> jax.Array | None:
         """What multiplies the gradients, from rates.learn; keys `[..., K]`."""
@@ -53,6 +55,8 @@ class _Descent(Choice):
     rates = ()
     steps = 1
     implicit = False
+    erases = False
+    axis = "value"
 
     def step_size(self, learn, keys):
         return learn
@@ -79,13 +83,22 @@ class GradientDescent(_Descent):
     2502.10297, section 3). Tokens then bring keys `[L, steps, K]`, values and, of the
     rates, learn and threshold with that axis too; the token forgets once, before its
     first descent, and is read after its last. Chunks are of whole tokens.
+
+    axis: where a channel-wise learn acts on a memory of a single matrix: a rate for
+    each value, or for each "key" channel, which is a diagonal preconditioner.
     """
 
     at: At = "previous"
     steps: int = 1
+    axis: Literal["key", "value"] = "value"
 
     def __post_init__(self):
         _check_at(self.at)
+        if self.axis not in ("key", "value"):
+            raise UserError(
+                f"algorithm.GradientDescent(axis=...) is 'key' or 'value'; got "
+                f"{self.axis!r}."
+            )
         if self.steps < 1:
             raise UserError(
                 f"algorithm.GradientDescent needs steps >= 1; got {self.steps}."
@@ -108,6 +121,24 @@ class Implicit(_Descent):
         learn = jnp.ones(keys.shape[:-1], keys.dtype) if learn is None else learn
         square = jnp.sum(keys * keys, axis=-1, keepdims=learn.ndim == keys.ndim)
         return learn / (1 + learn * square)
+
+
+@dataclass(frozen=True, repr=False)
+class EraseWrite(_Descent):
+    """step_s = learn_s k_s v_s^T - (erase_s * e_s) M(e_s)^T, e = `tokens.erase_keys`.
+
+    The L2 gradient k M(k)^T - k v^T taken apart: what is recalled at one key is erased,
+    and the value written at another (RWKV-7, arXiv 2503.14456, eq. 17; at e = k and
+    erase = learn the delta rule). erase is one per token or per key channel.
+    """
+
+    at: At = "previous"
+
+    rates = ("erase",)
+    erases = True
+
+    def __post_init__(self):
+        _check_at(self.at)
 
 
 @dataclass(frozen=True, repr=False)

@@ -29,21 +29,26 @@ def parallel_tokens(rule: Rule, rates: Rates, tile: int) -> int:
     """How many tokens `block` can take at once without changing the result.
 
     A chunk, as gradients inside it do not depend on each other. Exact linear rules
-    (chunk_size=1, plain matrix, linear retention) have no such limit and take `tile`:
-    the dot-product bias has gradients without the memory; those of L2 are the solution
-    of one triangular system for all value channels, so that rates may not differ
-    between these.
+    (chunk_size=1, linear retention) have no such limit and take `tile`: the dot-product
+    bias has gradients without an affine memory; those of L2 and a plain matrix are the
+    solution of one triangular system for all value channels, so that rates may not
+    differ between these (what is written at a key of its own may).
     """
     if rule.chunk_size > 1:
         return rule.chunk_size
-    if not (rule.memory.is_linear and rule.retention.is_identity):
+    if not rule.retention.is_identity:
         return 1
-    if rule.bias == DotProduct():
+    if rule.bias == DotProduct() and rule.memory.is_affine:
         return tile
-    by_value = rates.learn is not None and rates.learn.ndim == 2
-    if rates.keep is not None and rates.keep.ndim == 2:
-        by_value |= rule.retention.axis == "value"
+    by_value = rule.algorithm.axis == "value" and _has_channels(rates.learn)
+    by_value &= not rule.algorithm.erases
+    (side,) = rule.sides(1)
+    by_value |= side != "in" and _has_channels(rule.keeps(rates)[1])
     return tile if solves(rule) and not by_value else 1
+
+
+def _has_channels(rate: jax.Array | None) -> bool:
+    return rate is not None and rate.ndim == 2
 
 
 def block(
@@ -64,7 +69,8 @@ def block(
     """
     dtype = state_dtype(*state.dual)
     dot = causal.make_dot(tokens.keys.dtype, dtype)
-    queries, keys, values, rates = jax.tree.map(lambda x: x.astype(dtype), tokens)
+    tokens = jax.tree.map(lambda x: x.astype(dtype), tokens)
+    queries, keys, values, rates, erase_keys = tokens
     rates = Rates(*(_column(rate) for rate in rates))
     rates = rates._replace(learn=rule.algorithm.step_size(rates.learn, keys))
     matrices = len(state.dual)
@@ -72,7 +78,11 @@ def block(
 
     anchor_dual = state.dual if aligned else state.anchor
     anchor = tuple(rule.retention.weights(a) for a in anchor_dual)
-    if solves(rule) and len(keys) > 1:
+    if rule.algorithm.erases:
+        inputs, cotangents = _solve_erasing(
+            dot, rule, flow, state, keys, values, rates, erase_keys
+        )
+    elif solves(rule) and len(keys) > 1:
         inputs, cotangents = _solve(dot, rule, flow, state, keys, values, rates)
     else:
         starts = flow("between") if rule.algorithm.at == "retained" else None
@@ -81,9 +91,11 @@ def block(
         )
 
     flows = flow("after")
-    learn = _per_matrix(rates.learn, rule.learn_sides(matrices), keys)
+    learn = _per_matrix((rates.learn, rates.learn), rule.learn_sides(matrices), keys)
     for i, (side, rate) in enumerate(learn):
-        if side == "in":
+        if rule.algorithm.erases:
+            flows[i] = flows[i]._replace(steps=causal.SumSteps(flows[i].steps))
+        elif side == "in":
             inputs[i] = rate * inputs[i]
         elif side == "out" or rule.reads_exactly:
             cotangents[i] = rate * cotangents[i]
@@ -91,7 +103,7 @@ def block(
             # Into the [C, C] coefficients: cheaper than into the factors.
             flows[i] = flows[i].scaled(rate)
 
-    after = _advance(dot, rule, flows, state, inputs, cotangents)
+    after = _advance(dot, rule, flows, state, inputs, cotangents, len(keys))
     if not rule.has_anchor:
         after = after._replace(dual=rule.settled(state.dual, after.dual))
     if rule.reads_exactly:
@@ -112,30 +124,43 @@ def _column(rate: jax.Array | None) -> jax.Array | None:
 
 
 def _per_matrix(rate, sides, keys):
-    """(side, rate `[C, 1 or channels]`) for each matrix; side None: one per token."""
-    if rate is None:
-        rate = jnp.ones((len(keys), 1), keys.dtype)
-    if rate.shape[1] == 1:
-        return [(None, rate)] * len(sides)
-    mean = jnp.mean(rate, axis=1, keepdims=True)
-    return [(side, rate if side else mean) for side in sides]
+    """(side, rate `[C, 1 or channels]`) for each matrix; side None: one per token.
+
+    rate: those on a memory's inputs and on its outputs. Side "both" comes with a pair,
+    where both have channels.
+    """
+    ones = jnp.ones((len(keys), 1), keys.dtype)
+    rows, columns = (ones if x is None else x for x in rate)
+    same = rate[0] is rate[1]
+    if same and rows.shape[1] == 1:
+        return [(None, rows)] * len(sides)
+    mean = jnp.mean(rows, axis=1, keepdims=True)
+    if not same:
+        mean = (mean + jnp.mean(columns, axis=1, keepdims=True)) / 2
+    views = {"in": rows, "out": columns, None: mean}
+    if "both" in sides:
+        if rows.shape[1] > 1 and columns.shape[1] > 1:
+            return [("both", (rows, columns))]
+        sides = ("in" if columns.shape[1] == 1 else "out",)
+        views[sides[0]] = rows * columns
+    return [(s if views[s].shape[1] > 1 else None, views[s]) for s in sides]
 
 
 def _keep(rule, rates, matrices, keys):
-    keep = rates.keep if rule.retention.rates else None
-    return _per_matrix(keep, rule.sides(matrices), keys)
+    return _per_matrix(rule.keeps(rates), rule.sides(matrices), keys)
 
 
 def _flows(rule, rates, matrices, keys, written, when):
-    """The recurrences of each matrix; those without channels are one and the same."""
+    """The recurrences of each matrix; those of the same keep are one and the same."""
     made = {}
     flows = []
     for side, keep in _keep(rule, rates, matrices, keys):
-        if side not in made:
-            made[side] = rule.algorithm.flow(
-                causal.safe_log(keep), rates.momentum, side, when, written
+        if (side, id(keep)) not in made:
+            log_keep = jax.tree.map(causal.safe_log, keep)
+            made[side, id(keep)] = rule.algorithm.flow(
+                log_keep, rates.momentum, side, when, written
             )
-        flows.append(made[side])
+        flows.append(made[side, id(keep)])
     return flows
 
 
@@ -171,19 +196,39 @@ def _solve(dot, rule, flow, state, keys, values, rates):
     delta rule (arXiv 2406.06484, section 3.2).
     """
     (before,) = flow("between" if rule.algorithm.at == "retained" else "before")
-    if rates.learn is not None:
+    learned = keys
+    if rates.learn is not None and rates.learn.shape[1] > 1:
+        learned = rates.learn * keys
+    elif rates.learn is not None:
         before = before.scaled(rates.learn)
     (start,) = state.dual
     prediction = before.start.read(dot, keys, start)
     if before.momentum_in_dual is not None:
         (momentum,) = state.momentum
         prediction = prediction + before.momentum_in_dual.read(dot, keys, momentum)
-    matrix = before.steps.scores(dot, keys, keys)
+    matrix = before.steps.scores(dot, keys, learned)
     inverse = causal.unit_lower_inverse(matrix, dot)
     return [keys], [dot(inverse, prediction - values)]
 
 
-def _advance(dot, rule, flows, state, inputs, cotangents) -> State:
+def _solve_erasing(dot, rule, flow, state, keys, values, rates, erase_keys):
+    """The same where erased and written is at different keys: two pairs (a_s, d_s).
+
+    What is erased, r_s = W_{s-1}^T e_s, holds the earlier writes beside the earlier
+    erasures: (I + N) r = W_0's predictions + E v, N and E the scores of e with them.
+    """
+    (before,) = flow("between" if rule.algorithm.at == "retained" else "before")
+    (start,) = state.dual
+    written = values if rates.learn is None else rates.learn * values
+    erased = rates.erase * erase_keys
+    known = before.start.read(dot, erase_keys, start)
+    known = known + dot(before.steps.scores(dot, erase_keys, keys), written)
+    matrix = before.steps.scores(dot, erase_keys, erased)
+    recalled = dot(causal.unit_lower_inverse(matrix, dot), known)
+    return [(erased, keys)], [(recalled, -written)]
+
+
+def _advance(dot, rule, flows, state, inputs, cotangents, length) -> State:
     """Points 2 and 3 for the whole block."""
     dual, momentum, kept = [], [], []
     for i, (flow, a, d) in enumerate(zip(flows, inputs, cotangents, strict=True)):
@@ -196,7 +241,7 @@ def _advance(dot, rule, flows, state, inputs, cotangents) -> State:
         dual.append(total)
         if state.kept:
             kept.append(flow.start.factor * state.kept[i])
-    position = rule.moved(state, len(inputs[0]))
+    position = rule.moved(state, length)
     return State(tuple(dual), state.anchor, tuple(kept), tuple(momentum), position)
 
 

@@ -58,11 +58,14 @@ class Carried(NamedTuple):
     kept: jax.Array  # [C, 1] or [C, channels]
     total: jax.Array  # the same at the end of the block: [1, 1] or [1, channels]
     side: Side | None  # None: one number per token
+    values: "Carried | None" = None  # the second one of side "both"
 
     def read(self, dot: Dot, x: jax.Array, start: jax.Array) -> jax.Array:
         """x_t^T K_t W for every t: `[C, in]` -> `[C, out]`."""
         # One number per token can multiply either side: the narrower costs less.
         narrow = self.side is None and x.shape[1] < start.shape[1]
+        if self.side == "both":
+            return dot(x * self.kept, start) * self.values.kept
         if self.side == "in" or narrow:
             return dot(x * self.kept, start)
         return dot(x, start) * self.kept
@@ -74,6 +77,8 @@ class Carried(NamedTuple):
     @property
     def factor(self) -> jax.Array:
         """K_C, broadcastable to the matrix."""
+        if self.side == "both":
+            return self.total.T * self.values.total
         return self.total.T if self.side == "in" else self.total
 
 
@@ -117,13 +122,14 @@ class ChannelSteps(NamedTuple):
 
     For a pair t, s in the two halves of a piece whose second half begins at m, D_ts =
     (prod_{m <= j <= t} keep_j) (prod_{s < j < m} keep_j): both factors are at most 1
-    and can be multiplied into x_t and a_s. So each of the log2(C) sizes of pieces costs
-    one matrix product, and the pairs of all sizes together are the whole triangle.
-    Exact for any keep in (0, 1], with no exponential of a positive sum.
+    and can be multiplied into x_t and a_s, or, of value channels, into the output and
+    d_s. So each of the log2(C) sizes of pieces costs one matrix product, and the pairs
+    of all sizes together are the whole triangle. Exact for any keep in (0, 1], with no
+    exponential of a positive sum.
     """
 
-    log_keep: jax.Array  # [C, channels]
-    side: Side
+    log_in: jax.Array | None  # [C, K], None: no channels on the key axis
+    log_out: jax.Array | None  # [C, V], the same of the value axis
     when: When
     rate: jax.Array | None = None  # [C, 1]
 
@@ -137,58 +143,99 @@ class ChannelSteps(NamedTuple):
         narrow = a.shape[1] < d.shape[1]
         return (a * self.rate, d) if narrow else (a, d * self.rate)
 
-    def _levels(self):
-        """Masks of pairs `[n, C, C]` and factors `[n, C, channels]` of the n sizes."""
-        size, channels = self.log_keep.shape
-        rows = np.arange(size)[:, None]
-        columns = rows.T
-        own = 0 if self.when == "before" else 1  # whether token t's own keep counts
-        halves = [2**i for i in range((size - 1).bit_length())]
-        pairs, sums = [], []
-        for half in halves:
-            second = (rows // half) % 2 == 1
-            middle = (rows // half + 1 - second) * half
-            as_reader = (columns >= middle) & (columns < rows + own)
-            as_writer = (columns > rows) & (columns < middle)
-            sums.append(np.where(second, as_reader, as_writer))
-            same = rows // (2 * half) == columns // (2 * half)
-            pairs.append(same & second & ~second.T)
-        logs = prefix_sum(np.concatenate(sums), self.log_keep)
-        factors = jnp.exp(logs).reshape(len(halves), size, channels)
-        return jnp.asarray(np.stack(pairs), self.log_keep.dtype), factors
-
     def _own(self, x, a):
         """x_t^T a_t where token t sees its own step: `[C, 1]`."""
         seen = 1 if self.when == "after" else 0
         return seen * jnp.sum(x * a, axis=1, keepdims=True)
+
+    def _products(self, dot, x, a):
+        """x_t^T D_ts a_s of the pairs of each size, D of the key axis: `[n, C, C]`."""
+        pairs = jnp.asarray(_halving(len(x))[0], x.dtype)
+        if self.log_in is None:
+            return pairs * dot(x, a.T)[None]
+        factors = _factors(self.log_in, self.when)
+        return pairs * dot(x[None] * factors, jnp.swapaxes(a[None] * factors, 1, 2))
 
     def scores(self, dot, x, a):
         a = a if self.rate is None else a * self.rate
         own = jnp.asarray(np.eye(len(x)), x.dtype) * self._own(x, a)
         if len(x) == 1:
             return own
-        pairs, factors = self._levels()
-        products = dot(x[None] * factors, jnp.swapaxes(a[None] * factors, 1, 2))
-        return own + jnp.sum(pairs * products, axis=0)
+        return own + jnp.sum(self._products(dot, x, a), axis=0)
 
     def read(self, dot, x, a, d):
-        if self.side == "in":
+        if self.log_out is None:
             return dot(self.scores(dot, x, a), d)
         a, d = self._narrow(a, d)
         own = self._own(x, a) * d
         if len(x) == 1:
             return own
-        pairs, factors = self._levels()
-        mixed = dot(pairs * dot(x, a.T)[None], factors * d[None])
+        factors = _factors(self.log_out, self.when)
+        mixed = dot(self._products(dot, x, a), factors * d[None])
         return own + jnp.sum(factors * mixed, axis=0)
 
     def end(self, dot, a, d):
-        later = np.tri(self.log_keep.shape[0], k=-1).T
-        to_end = jnp.exp(prefix_sum(later, self.log_keep))
+        later = np.tri(len(a), k=-1).T
         a, d = self._narrow(a, d)
-        if self.side == "in":
-            return dot((to_end * a).T, d)
-        return dot(a.T, to_end * d)
+        if self.log_in is not None:
+            a = a * jnp.exp(prefix_sum(later, self.log_in))
+        if self.log_out is not None:
+            d = d * jnp.exp(prefix_sum(later, self.log_out))
+        return dot(a.T, d)
+
+
+def _halving(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """0/1 masks of the n sizes of pieces.
+
+    pairs `[n, C, C]` in the two halves of a piece; tokens `[n, C, C]` whose keep lies
+    between token t (without its own) and the middle of its piece; readers `[n, C, 1]`,
+    the tokens of second halves.
+    """
+    rows = np.arange(size)[:, None]
+    columns = rows.T
+    pairs, between, readers = [], [], []
+    for half in (2**i for i in range((size - 1).bit_length())):
+        second = (rows // half) % 2 == 1
+        middle = (rows // half + 1 - second) * half
+        as_reader = (columns >= middle) & (columns < rows)
+        as_writer = (columns > rows) & (columns < middle)
+        same = rows // (2 * half) == columns // (2 * half)
+        pairs.append(same & second & ~second.T)
+        between.append(np.where(second, as_reader, as_writer))
+        readers.append(second)
+    return np.stack(pairs), np.stack(between), np.stack(readers)
+
+
+def _factors(log_keep: jax.Array, when: When) -> jax.Array:
+    """What is kept between each token and the middle of its piece: `[n, C, channels]`.
+
+    For a reader that includes its own keep, unless it looks before its decay.
+    """
+    size, channels = log_keep.shape
+    _, between, readers = _halving(size)
+    logs = prefix_sum(np.concatenate(between), log_keep).reshape(-1, size, channels)
+    if when != "before":
+        logs = logs + jnp.asarray(readers, log_keep.dtype) * log_keep[None]
+    return jnp.exp(logs)
+
+
+class SumSteps(NamedTuple):
+    """Steps that are a sum of several a_s d_s^T: a and d come as tuples."""
+
+    steps: Steps
+
+    def scaled(self, rate):
+        return SumSteps(self.steps.scaled(rate))
+
+    def scores(self, dot, x, a):
+        return sum(self.steps.scores(dot, x, part) for part in a)
+
+    def read(self, dot, x, a, d):
+        pairs = zip(a, d, strict=True)
+        return sum(self.steps.read(dot, x, *pair) for pair in pairs)
+
+    def end(self, dot, a, d):
+        return sum(self.steps.end(dot, *pair) for pair in zip(a, d, strict=True))
 
 
 class DenseSteps(NamedTuple):
@@ -230,14 +277,29 @@ class Flow(NamedTuple):
         return self._replace(steps=self.steps.scaled(rate), momentum=momentum)
 
 
-def decay_flow(log_keep: jax.Array, side: Side | None, when: When = "after") -> Flow:
-    """A_s = keep_s A_{s-1} + step_s, keep as logarithms `[C, 1 or channels]`."""
+def decay_flow(
+    log_keep: jax.Array | tuple[jax.Array, jax.Array],
+    side: Side | None,
+    when: When = "after",
+) -> Flow:
+    """A_s = keep_s A_{s-1} + step_s, keep as logarithms `[C, 1 or channels]`.
+
+    Of side "both" it is a pair, of the key and the value channels.
+    """
+    if side == "both":
+        rows, columns = (
+            decay_flow(log, each, when)
+            for log, each in zip(log_keep, ("in", "out"), strict=True)
+        )
+        start = rows.start._replace(side="both", values=columns.start)
+        return Flow(start, ChannelSteps(*log_keep, when))
     size = log_keep.shape[0]
     seen = prefix_sum(np.tri(size, k=-1 if when == "before" else 0), log_keep)
     total = jnp.exp(jnp.sum(log_keep, axis=0, keepdims=True))
     start = Carried(jnp.exp(seen), total, side)
     if log_keep.shape[1] > 1:
-        return Flow(start, ChannelSteps(log_keep, side, when))
+        logs = (log_keep, None) if side == "in" else (None, log_keep)
+        return Flow(start, ChannelSteps(*logs, when))
     causal = np.tri(size, k=0 if when == "after" else -1)
     later = np.tri(size, k=-1).T
     sums = prefix_sum(np.tri(size), log_keep)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from miras_jax.core.block import block, parallel_tokens
 from miras_jax.core.rule import Rule
-from miras_jax.core.types import Params, Rates, State, Tokens
+from miras_jax.core.types import Params, State, Tokens
 from miras_jax.errors import UserError
 from pallas_kernels.fused_scan import fused_scan
 
@@ -148,15 +148,11 @@ def _run_from_traced_position(rule, params, state, tokens):
         widths = ((0, padding),) + ((0, 0),) * (x.ndim - 1)
         return jnp.roll(jnp.pad(x, widths, constant_values=fill), position, axis=0)
 
-    learn, keep, momentum, threshold = tokens.rates
+    learn = tokens.rates.learn
     learn = jnp.ones(length, tokens.keys.dtype) if learn is None else learn
-    rates = Rates(
-        learn=shifted(learn, 0),
-        keep=None if keep is None else shifted(keep, 1),
-        momentum=None if momentum is None else shifted(momentum, 1),
-        threshold=None if threshold is None else shifted(threshold, 1),
-    )
-    moved = Tokens(*(shifted(x, 0) for x in tokens[:3]), rates)
+    rates = jax.tree.map(partial(shifted, fill=1), tokens.rates)
+    rates = rates._replace(learn=shifted(learn, 0))
+    moved = jax.tree.map(partial(shifted, fill=0), tokens)._replace(rates=rates)
     written = shifted(jnp.ones((length, 1), state.dual[0].dtype), 0)
     ends = (jnp.arange(blocks) + 1) * size <= position + length
 

@@ -35,6 +35,10 @@ class Memory(Protocol):
     def is_linear(self) -> bool:
         """Whether M(x) = x W with a single matrix and nothing else."""
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether M(x) is affine in its weights, so that dM/dW does not need them."""
+
     entries: int
     """How many of the first matrices take x itself; the last one gives the value."""
 
@@ -67,12 +71,36 @@ def _normal(key: jax.Array, shapes, fan_ins) -> Weights:
     )
 
 
-def _same_width(name: str, key_dim: int, value_dim: int) -> None:
+def _same_width(name: str, verb: str, key_dim: int, value_dim: int) -> None:
     if key_dim != value_dim:
         raise UserError(
-            f"{name} adds its input to its output, so it needs key_dim == value_dim; "
-            f"got {key_dim} and {value_dim}. Use equal dimensions or memory.Linear()."
+            f"{name} {verb} its input, so it needs key_dim == value_dim; got {key_dim} "
+            f"and {value_dim}. Use equal dimensions or memory.Linear()."
         )
+
+
+@dataclass(frozen=True, repr=False)
+class Vector(Choice):
+    """One weight per channel: M(x) = w * x, w `[1, V]`, from zero.
+
+    The smallest memory of Miras' section 3: its gradient is x * dl/dM. Its one axis is
+    that of the values, on which channel-wise rates act.
+    """
+
+    is_linear = False
+    is_affine = True
+    entries = 0
+
+    def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
+        _same_width("memory.Vector", "multiplies", key_dim, value_dim)
+        return ((1, value_dim),)
+
+    def init(self, key: jax.Array, key_dim: int, value_dim: int) -> Params:
+        (shape,) = self.shapes(key_dim, value_dim)
+        return Params((jnp.zeros(shape),))
+
+    def read(self, product: Product, params: Params, x: jax.Array) -> jax.Array:
+        return x * product(0, jnp.ones((*x.shape[:-1], 1), x.dtype))
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,9 +121,13 @@ class Linear(Choice):
     def is_linear(self) -> bool:
         return not (self.residual or self.norm)
 
+    @property
+    def is_affine(self) -> bool:
+        return not self.norm
+
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
         if self.residual:
-            _same_width("memory.Linear(residual=True)", key_dim, value_dim)
+            _same_width("memory.Linear(residual=True)", "adds", key_dim, value_dim)
         return ((key_dim, value_dim),)
 
     def init(self, key: jax.Array, key_dim: int, value_dim: int) -> Params:
@@ -124,6 +156,7 @@ class MLP(Choice):
     activation: Callable[[jax.Array], jax.Array] = gelu
 
     is_linear = False
+    is_affine = False
     entries = 1
 
     def __post_init__(self):
@@ -134,7 +167,7 @@ class MLP(Choice):
             )
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
-        _same_width("memory.MLP", key_dim, value_dim)
+        _same_width("memory.MLP", "adds", key_dim, value_dim)
         hidden = [self.expansion * key_dim] * (self.depth - 1)
         return tuple(pairwise([key_dim, *hidden, value_dim]))
 
@@ -165,6 +198,7 @@ class GatedMLP(Choice):
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
 
     is_linear = False
+    is_affine = False
     entries = 2
 
     def __post_init__(self):
@@ -175,7 +209,7 @@ class GatedMLP(Choice):
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
         if self.residual:
-            _same_width("memory.GatedMLP(residual=True)", key_dim, value_dim)
+            _same_width("memory.GatedMLP(residual=True)", "adds", key_dim, value_dim)
         hidden = self.expansion * key_dim
         return ((key_dim, hidden), (key_dim, hidden), (hidden, value_dim))
 

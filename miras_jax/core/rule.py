@@ -75,6 +75,23 @@ class Rule(Choice):
                 f"and chunk_size=1; got {self.memory}, {self.bias} and chunk_size="
                 f"{self.chunk_size}. Use algorithm.GradientDescent()."
             )
+        if self.algorithm.erases and not (
+            delta_rule and self.chunk_size == 1 and self.retention.is_identity
+        ):
+            raise UserError(
+                f"{self.algorithm} takes the delta rule apart and needs "
+                "memory.Linear(), bias.L2(), chunk_size=1 and retention.Decay() or "
+                f"Keep(); got {self.memory}, {self.bias}, chunk_size="
+                f"{self.chunk_size} and {self.retention}. Use GradientDescent()."
+            )
+        if self.retention.axis == "both" and (
+            self.memory.entries == 0 or "momentum" in self.algorithm.rates
+        ):
+            raise UserError(
+                f"{self.retention} needs a memory with a key axis and an algorithm "
+                f"without momentum; got {self.memory} and {self.algorithm}. Use "
+                "retention.Decay(axis='value')."
+            )
 
     @property
     def rates(self) -> tuple[str, ...]:
@@ -155,7 +172,7 @@ class Rule(Choice):
         Forgetting falls on the first pair of a token; the output of its last counts.
         """
         steps = self.algorithm.steps
-        queries, keys, values, (learn, keep, momentum, threshold) = tokens
+        queries, keys, values, rates = tokens[:4]
         expected = (*queries.shape[:-1], steps)
         if keys.shape[:-1] != expected or values.shape[:-1] != expected:
             raise UserError(
@@ -172,7 +189,12 @@ class Rule(Choice):
             ones = jnp.ones((len(x), steps - 1, *x.shape[1:]), x.dtype)
             return flat(jnp.concatenate([x[:, None], ones], axis=1))
 
-        rates = Rates(flat(learn), first(keep), momentum, flat(threshold))
+        rates = rates._replace(
+            learn=flat(rates.learn),
+            keep=first(rates.keep),
+            threshold=flat(rates.threshold),
+            keep_value=first(rates.keep_value),
+        )
         queries = jnp.repeat(queries, steps, axis=0)
         return Tokens(queries, flat(keys), flat(values), rates)
 
@@ -182,9 +204,13 @@ class Rule(Choice):
         for name in self.algorithm.rates:
             if getattr(rates, name) is None:
                 raise UserError(
-                    f"{self.algorithm} needs rates.{name}, one number per token; "
-                    "the tokens bring none."
+                    f"{self.algorithm} needs rates.{name}; the tokens bring none."
                 )
+        if self.algorithm.erases and tokens.erase_keys is None:
+            raise UserError(
+                f"{self.algorithm} needs tokens.erase_keys, of the shape of keys; the "
+                "tokens bring none."
+            )
         if rates.momentum is not None and rates.momentum.ndim != ndim - 1:
             raise UserError(
                 "rates.momentum is one number per token, not channel-wise; got shape "
@@ -206,14 +232,25 @@ class Rule(Choice):
 
     def sides(self, matrices: int) -> tuple[Side | None, ...]:
         """The axis along which a channel-wise keep acts on each matrix, None: none."""
-        if matrices == 1:
-            return ("in" if self.retention.axis == "key" else "out",)
+        if matrices == 1 and self.memory.entries:
+            sides = {"key": "in", "value": "out", "both": "both"}
+            return (sides[self.retention.axis],)
         first = min(self.memory.entries, matrices - 1)
         return ("in",) * first + (None,) * (matrices - 1 - first) + ("out",)
 
     def learn_sides(self, matrices: int) -> tuple[Side | None, ...]:
         """The same for a channel-wise learn."""
-        return ("out",) if matrices == 1 else self.sides(matrices)
+        if matrices == 1:
+            key = self.algorithm.axis == "key" and self.memory.entries
+            return ("in" if key else "out",)
+        return self.sides(matrices)
+
+    def keeps(self, rates: Rates) -> tuple[jax.Array | None, jax.Array | None]:
+        """The rates kept on a memory's inputs and on its outputs; None: all."""
+        if not self.retention.rates:
+            return None, None
+        both = self.retention.axis == "both"
+        return rates.keep, rates.keep_value if both else rates.keep
 
     # One token: the definition.
 
@@ -221,14 +258,13 @@ class Rule(Choice):
         """Write one token, then read its query: `(output [V], state)`."""
         self.check(token)
         dtype = state_dtype(*state.dual)
-        queries, keys, values, rates = jax.tree.map(lambda x: x.astype(dtype), token)
+        token = jax.tree.map(lambda x: x.astype(dtype), token)
+        queries, keys, values, rates, erase_keys = token
         learn = self.algorithm.step_size(rates.learn, keys)
         anchor_dual = state.anchor if self.has_anchor else state.dual
         anchor = tuple(self.retention.weights(a) for a in anchor_dual)
-        keep = self._spread(
-            rates.keep, self.sides(len(anchor)), bool(self.retention.rates)
-        )
-        learn = self._spread(learn, self.learn_sides(len(anchor)), True)
+        keep = self._spread(*self.keeps(rates), self.sides(len(anchor)))
+        learn = self._spread(learn, learn, self.learn_sides(len(anchor)))
         if self.algorithm.at == "retained":
             anchor = tuple(k * w for k, w in zip(keep, anchor, strict=True))
 
@@ -237,13 +273,18 @@ class Rule(Choice):
 
         prediction, pull_back = jax.vjp(predict, anchor)
         cotangent = self.bias.cotangent(prediction, values, rates.threshold)
-        (gradient,) = pull_back(cotangent)
+        (gradient,) = pull_back(-values if self.algorithm.erases else cotangent)
+        step = [-rate * g for rate, g in zip(learn, gradient, strict=True)]
+        if self.algorithm.erases:
+            recalled = self._read(params, anchor, erase_keys)
+            (erase,) = self._spread(rates.erase, None, ("in",))
+            step = [step[0] - erase * jnp.outer(erase_keys, recalled)]
 
         dual, momentum = [], []
-        for i, g in enumerate(gradient):
+        for i, update in enumerate(step):
             carried = state.momentum[i] if state.momentum else None
-            step, carried = self.algorithm.step(carried, -learn[i] * g, rates.momentum)
-            dual.append(keep[i] * state.dual[i] + step)
+            update, carried = self.algorithm.step(carried, update, rates.momentum)
+            dual.append(keep[i] * state.dual[i] + update)
             momentum += [] if carried is None else [carried]
         dual, momentum = tuple(dual), tuple(momentum)
         if not self.has_anchor:
@@ -258,13 +299,15 @@ class Rule(Choice):
         return self.memory.read(lambda i, y: y @ weights[i], params, x)
 
     @staticmethod
-    def _spread(rate, sides, used: bool):
-        """One token's rate for each matrix, broadcastable to it."""
-        if rate is None or not used:
-            return (1.0,) * len(sides)
-        if rate.ndim == 0:
-            return (rate,) * len(sides)
-        views = {"in": rate[:, None], "out": rate[None, :], None: jnp.mean(rate)}
+    def _spread(on_inputs, on_outputs, sides):
+        """One token's rates (None: 1) for each matrix, broadcastable to it."""
+        rows, columns = (
+            jnp.atleast_1d(1.0 if rate is None else rate)
+            for rate in (on_inputs, on_outputs)
+        )
+        between = (jnp.mean(rows) + jnp.mean(columns)) / 2
+        rows, columns = rows[:, None], columns[None]
+        views = {"in": rows, "out": columns, "both": rows * columns, None: between}
         return tuple(views[side] for side in sides)
 
     def moved(self, state: State, tokens: int) -> int | jax.Array:

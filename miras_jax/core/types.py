@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Side = Literal["in", "out"]
-"""The axis of a matrix `[in, out]` along which a channel-wise rate varies."""
+Side = Literal["in", "out", "both"]
+"""The axes of a matrix `[in, out]` along which a channel-wise rate varies."""
 
 Weights = tuple[jax.Array, ...]
 """Matrices `[in, out]` of a memory, in the order in which they are applied."""
@@ -29,14 +29,16 @@ class Rates(NamedTuple):
     channel-wise rate acts on the memory's own inputs and outputs: on the key axis
     (rows) of its first matrix and on the value axis (columns) of its last; matrices in
     between take the mean over the channels. When first and last are the same matrix,
-    `learn` acts on the value axis and `keep` where the retention gate says. `momentum`
-    is always one per token.
+    `learn` acts where the algorithm says and `keep` where the retention gate says.
+    `momentum` is always one per token.
     """
 
     learn: jax.Array | None = None  # eta_t >= 0, step size
     keep: jax.Array | None = None  # alpha_t in (0, 1], fraction kept
     momentum: jax.Array | None = None  # in [0, 1], fraction of the last step kept
     threshold: jax.Array | None = None  # delta_t > 0, of Huber; per token or [L, V]
+    keep_value: jax.Array | None = None  # of Decay("both"), beside keep: [L] or [L, V]
+    erase: jax.Array | None = None  # of EraseWrite, fraction erased: [L] or [L, K]
 
 
 class Tokens(NamedTuple):
@@ -46,6 +48,7 @@ class Tokens(NamedTuple):
     keys: jax.Array  # [L, K]
     values: jax.Array  # [L, V]
     rates: Rates = Rates()
+    erase_keys: jax.Array | None = None  # [L, K], of EraseWrite
 
 
 class Params(NamedTuple):

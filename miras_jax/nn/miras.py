@@ -1,5 +1,6 @@
 """The Miras layer: a rule as a sequence mixer (Miras, section 5.4)."""
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,12 +32,15 @@ class RateChoices(Choice):
     keep: Rate | None = None
     momentum: Rate | None = None
     threshold: Rate | None = None
+    keep_value: Rate | None = None
+    erase: Rate | None = None
 
 
 def default_rates(rule: Rule) -> RateChoices:
     """What an untrained layer starts from, where a model does not say otherwise.
 
-    Of a plain matrix: learn 0.5, half of the error; keep 0.9 to 0.999.
+    Of a plain matrix: learn 0.5, half of the error, and erase as much; keep 0.9 to
+    0.999.
 
     Of a deep memory, whose gradients are taken at the start of a chunk of C tokens:
     learn limit / 8 to limit / 2, limit 0.32 / sqrt(C); a quarter of that with momentum,
@@ -67,6 +71,8 @@ def default_rates(rule: Rule) -> RateChoices:
         "keep": keep,
         "momentum": PerHead("sigmoid", (0.5, 0.9)),
         "threshold": LowRank("sigmoid", (0.05, 0.2)),
+        "keep_value": keep,
+        "erase": PerHead("sigmoid", (0.5, 0.5)),
     }
     return RateChoices(**{name: choices[name] for name in rule.rates})
 
@@ -103,7 +109,7 @@ class Miras(Choice):
 class MirasCache(NamedTuple):
     """What decoding needs: constant in size, whatever the length read."""
 
-    convolution: jax.Array  # [B, 3, (1 + 2 steps) * H * K]
+    convolution: jax.Array  # [B, 3, (1 + 2 steps) * H * K], H * K more with erase keys
     memory: State  # every leaf [B, H, ...]
     position: jax.Array  # [B]
 
@@ -119,9 +125,10 @@ class MirasLayer(nnx.Module):
             )
         channels = width // heads
         self.config = config
-        # A query, and a key and a value for each of a token's steps.
+        # A query, a key and a value for each of a token's steps, and an erase key.
         self.steps = config.rule.algorithm.steps
-        read = (1 + 2 * self.steps) * width
+        self.parts = [1, self.steps, self.steps] + [1] * config.rule.algorithm.erases
+        read = sum(self.parts) * width
         self.qkv = Projection(width, read, ("embed", "heads"), rngs=rngs)
         self.convolution = CausalConvolution(read, rngs=rngs)
         choices = config.rates or default_rates(config.rule)
@@ -180,20 +187,19 @@ class MirasLayer(nnx.Module):
         heads = self.config.num_heads
         length = x.shape[1]
         mixed, window = self.convolution(self.qkv(x), window)
-        cuts = [x.shape[-1], (1 + self.steps) * x.shape[-1]]
-        queries, keys, values = (
+        cuts = [x.shape[-1] * end for end in itertools.accumulate(self.parts[:-1])]
+        queries, keys, values, *erase_keys = (
             split_heads(part, heads * copies)
             for part, copies in zip(
-                jnp.split(mixed, cuts, axis=-1),
-                (1, self.steps, self.steps),
-                strict=True,
+                jnp.split(mixed, cuts, axis=-1), self.parts, strict=True
             )
         )
         indices = position[:, None] + jnp.arange(length)[None]
         # The even number of channels nearest to the share asked for.
         channels = 2 * round(self.config.rotary * queries.shape[-1] / 2)
-        queries, keys = (
-            l2_normalise(rotate(part, indices, channels)) for part in (queries, keys)
+        queries, keys, *erase_keys = (
+            l2_normalise(rotate(part, indices, channels))
+            for part in (queries, keys, *erase_keys)
         )
         # Of norm about one, like keys and the memory's own output.
         values = values * values.shape[-1] ** -0.5
@@ -210,7 +216,7 @@ class MirasLayer(nnx.Module):
             }
         tokens = jax.tree.map(
             lambda t: jnp.moveaxis(t, 2, 1),
-            Tokens(queries, keys, values, Rates(**rates)),
+            Tokens(queries, keys, values, Rates(**rates), *erase_keys),
         )
         return tokens, window
 

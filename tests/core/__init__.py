@@ -24,19 +24,37 @@ VARIANT_NAMES = (
     "ttt_linear",
     "linear_attention",
     "retnet",
+    "lightning_attention",
+    "mamba2",
+    "dfw",
+    "gla",
+    "hgrn2",
+    "mamba",
+    "longhorn_diagonal",
     "delta_net",
     "gated_delta_net",
     "gated_delta_net_miras",
-    "longhorn",
+    "kimi_delta_attention",
     "delta_product",
+    "rwkv7",
+    "longhorn",
 )
+CHANNELS = {
+    "dfw": ("keep", "keep_value"),
+    **dict.fromkeys(
+        ("gla", "hgrn2", "mamba", "longhorn_diagonal", "kimi_delta_attention"),
+        ("keep",),
+    ),
+    "rwkv7": ("keep", "erase"),
+}
+"""Rates of the variants that are channel-wise; of the others they are per token."""
 LENGTH = 11  # two chunks of four and an unfinished one
 
 
 class Case(NamedTuple):
     name: str
     rule: miras.Rule
-    channelwise: bool = False
+    channelwise: bool | tuple[str, ...] = False  # all the rates that may be, or these
 
 
 def small(rule):
@@ -49,7 +67,10 @@ def small(rule):
 
 
 def variant_cases():
-    return [Case(name, small(getattr(variants, name)())) for name in VARIANT_NAMES]
+    return [
+        Case(name, small(getattr(variants, name)()), CHANNELS.get(name, False))
+        for name in VARIANT_NAMES
+    ]
 
 
 def axis_cases():
@@ -85,6 +106,10 @@ def axis_cases():
         "chunk_size": 1,
     }
     implicit = {"algorithm": algorithm.Implicit(), "chunk_size": 1}
+    by_key = {"algorithm": algorithm.GradientDescent(axis="key"), "chunk_size": 1}
+    vector = replace(linear, memory=memory.Vector())
+    both = replace(linear, retention=retention.Decay(axis="both"))
+    erase_retained = {"algorithm": algorithm.EraseWrite("retained"), "chunk_size": 1}
     momentum_lq = replace(mirror, algorithm=algorithm.Momentum())
     momentum_retained = replace(
         linear, algorithm=algorithm.Momentum(at="retained"), chunk_size=1
@@ -93,6 +118,9 @@ def axis_cases():
         Case("linear", linear),
         Case("linear-channels", linear, channelwise=True),
         Case("linear-norm-channels", normed, channelwise=True),
+        Case("linear-l1", replace(linear, bias=bias.L1(), chunk_size=1)),
+        Case("vector", replace(vector, bias=bias.DotProduct())),
+        Case("vector-channels", vector, channelwise=True),
         Case("mlp-1-channels", replace(plain, memory=memory.MLP(depth=1)), True),
         Case("mlp-2-channels", plain, channelwise=True),
         Case("mlp-3", deep),
@@ -109,6 +137,10 @@ def axis_cases():
         Case("huber-switch-channels", yaad, channelwise=True),
         Case("keep", replace(plain, retention=retention.Keep())),
         Case("decay-value-channels", by_value, channelwise=True),
+        Case("decay-both-channels", both, channelwise=True),
+        Case("decay-both", replace(both, memory=plain.memory)),
+        Case("learn-key-channels", replace(linear, **by_key), channelwise=True),
+        Case("erase-retained", replace(linear, **erase_retained), ("erase",)),
         Case("lq-paper-channels", moneta, channelwise=True),
         Case("lq-paper-3", replace(plain, retention=retention.Lq(3.0, "paper"))),
         Case("lq-mirror", mirror),
@@ -157,7 +189,8 @@ def all_cases():
 
 def dims(rule):
     """Key and value width; a residual needs them equal."""
-    same = isinstance(rule.memory, memory.MLP) or rule.memory.residual
+    always = isinstance(rule.memory, (memory.MLP, memory.Vector))
+    same = always or rule.memory.residual
     return (4, 4) if same else (4, 6)
 
 
@@ -170,8 +203,9 @@ def inputs(case, length=LENGTH, seed=0):
     steps = rule.algorithm.steps
     pairs = (length,) if steps == 1 else (length, steps)
 
-    def rate(low, high, width, tokens=(length,)):
-        shape = (*tokens, width) if channelwise and width else tokens
+    def rate(name, low, high, width, tokens=(length,)):
+        wide = name in channelwise if isinstance(channelwise, tuple) else channelwise
+        shape = (*tokens, width) if wide and width else tokens
         return rng.uniform(low, high, shape)
 
     def parameter(path, leaf):
@@ -185,21 +219,34 @@ def inputs(case, length=LENGTH, seed=0):
     )
     params = jax.tree.map_with_path(parameter, shapes)
     has_gate = "keep" in rule.rates
-    by_value = has_gate and getattr(rule.retention, "axis", "key") == "value"
+    by_value = rule.retention.axis == "value"
+    learn_dim = key_dim if rule.algorithm.axis == "key" else value_dim
+    erases = "erase" in rule.rates
     has_momentum = isinstance(rule.algorithm, algorithm.Momentum)
     has_threshold = isinstance(rule.bias, bias.Huber)
     rates = miras.Rates(
-        learn=rate(0.1, 0.6, value_dim, pairs) / steps,
-        keep=rate(0.7, 0.99, value_dim if by_value else key_dim) if has_gate else None,
-        momentum=rate(0.4, 0.9, None) if has_momentum else None,
-        threshold=rate(0.8, 2.5, value_dim, pairs) if has_threshold else None,
+        learn=rate("learn", 0.1, 0.6, learn_dim, pairs) / steps,
+        keep=rate("keep", 0.7, 0.99, value_dim if by_value else key_dim)
+        if has_gate
+        else None,
+        momentum=rate("momentum", 0.4, 0.9, None) if has_momentum else None,
+        threshold=rate("threshold", 0.8, 2.5, value_dim, pairs)
+        if has_threshold
+        else None,
     )
+    if "keep_value" in rule.rates:
+        rates = rates._replace(keep_value=rate("keep_value", 0.7, 0.99, value_dim))
+    if erases:
+        rates = rates._replace(erase=rate("erase", 0.1, 0.6, key_dim))
     tokens = miras.Tokens(
         queries=rng.normal(size=(length, key_dim)) / np.sqrt(key_dim),
         keys=rng.normal(size=(*pairs, key_dim)) / np.sqrt(key_dim),
         values=rng.normal(size=(*pairs, value_dim)),
         rates=rates,
     )
+    if erases:
+        erase_keys = rng.normal(size=(length, key_dim)) / np.sqrt(key_dim)
+        tokens = tokens._replace(erase_keys=erase_keys)
     return params, tokens
 
 

@@ -38,18 +38,21 @@ def silu_derivative(z):
 class Memory:
     """M(x) = [x +] [LN] W_n ... gelu(W_1 x), with its gradient by hand.
 
-    Gated: M(x) = [x +] [LN] W_3 (silu(W_1 x) * W_2 x).
+    Gated: M(x) = [x +] [LN] W_3 (silu(W_1 x) * W_2 x). A vector: M(x) = w * x.
     """
 
     def __init__(self, kind, params):
         is_mlp = type(kind).__name__ == "MLP"
         self.gated = type(kind).__name__ == "GatedMLP"
-        self.residual = is_mlp or kind.residual
-        self.norm = is_mlp or kind.norm
+        self.vector = type(kind).__name__ == "Vector"
+        self.residual = is_mlp or getattr(kind, "residual", False)
+        self.norm = is_mlp or getattr(kind, "norm", False)
         self.scale, self.bias = params.norm_scale, params.norm_bias
 
     def forward(self, weights, x):
         """Return M(x) and what the backward pass needs."""
+        if self.vector:
+            return weights[0][0] * x, (None, None, None, None)
         inputs, products = [], []
         h = x
         for i, w in enumerate(weights):
@@ -73,6 +76,8 @@ class Memory:
         """Return dl/dW of each matrix, where `cotangent` maps M(x) to dl/dM(x)."""
         y, (inputs, products, normalised, deviation) = self.forward(weights, x)
         d = cotangent(y)
+        if self.vector:
+            return [(d * x)[None]]
         if self.norm:
             d = d * np.asarray(self.scale)
             along = normalised * np.mean(d * normalised)
@@ -269,24 +274,36 @@ def rate_per_matrix(rate, count, single_axis, entries=1):
 
 def token_rates(rule, rates, count, s):
     """Return learn and keep of token s for each matrix, its momentum and threshold."""
-    learn, keep, momentum, threshold = (
-        None if rate is None else np.asarray(rate, np.float64)[s] for rate in rates
-    )
+    given = {
+        name: None if rate is None else np.asarray(rate, np.float64)[s]
+        for name, rate in rates._asdict().items()
+    }
     kind = type(rule.retention).__name__
     keep_axis = rule.retention.axis if kind == "Decay" else "key"
-    entries = 2 if type(rule.memory).__name__ == "GatedMLP" else 1
-    keep = None if kind in ("Keep", "FDivergence") else keep
+    learn_axis = getattr(rule.algorithm, "axis", "value")
+    memory = type(rule.memory).__name__
+    if memory == "Vector":
+        keep_axis = learn_axis = "value"
+    entries = 2 if memory == "GatedMLP" else 1
+    keep = None if kind in ("Keep", "FDivergence") else given["keep"]
+    keeps = rate_per_matrix(keep, count, keep_axis.replace("both", "key"), entries)
+    if keep_axis == "both":
+        (columns,) = rate_per_matrix(given["keep_value"], 1, "value")
+        between = (np.mean(keep) + np.mean(columns)) / 2
+        keeps[entries:-1] = [between] * len(keeps[entries:-1])
+        keeps[-1] = keeps[0] * columns if count == 1 else columns
     return (
-        rate_per_matrix(learn, count, "value", entries),
-        rate_per_matrix(keep, count, keep_axis, entries),
-        momentum,
-        threshold,
+        rate_per_matrix(given["learn"], count, learn_axis, entries),
+        keeps,
+        given["momentum"],
+        given["threshold"],
     )
 
 
 def every_pair(tokens):
     """One token per key-value pair; a token forgets before its first pair."""
-    queries, keys, values, (learn, keep, momentum, threshold) = tokens
+    queries, keys, values, rates = tokens[:4]
+    learn, keep, momentum, threshold = rates[:4]
     length, steps = np.shape(keys)[:2]
     pairs = [divmod(i, steps) for i in range(length * steps)]
     ones = None if keep is None else np.ones_like(keep[0])
@@ -320,6 +337,7 @@ def run(rule, params, tokens):
         outputs, weights = run(single, params, every_pair(tokens))
         return outputs[steps - 1 :: steps], weights
     queries, keys, values = (np.asarray(x, np.float64) for x in tokens[:3])
+    erases = type(rule.algorithm).__name__ == "EraseWrite"
     matrices = [np.asarray(w, np.float64) for w in params.weights]
     every = range(len(matrices))
     memory = Memory(rule.memory, params)
@@ -347,8 +365,13 @@ def run(rule, params, tokens):
             keys[s],
             lambda y, s=s, t=threshold: cotangent(rule.bias, y, values[s], t),
         )
+        if erases:  # of a matrix: what it recalls at one key, against a new pair
+            e = np.asarray(tokens.erase_keys, np.float64)[s]
+            erased = np.outer(tokens.rates.erase[s] * e, e @ w_gradient[0])
         for i in every:
             step = -learn[i] * g[i]
+            if erases:
+                step = learn[i] * np.outer(keys[s], values[s]) - erased
             if type(rule.algorithm).__name__ == "Implicit":
                 step = step / (1 + learn[i] * (keys[s] @ keys[s]))
             if has_momentum:

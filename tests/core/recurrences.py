@@ -100,3 +100,92 @@ def delta_product(state, queries, keys, values, beta, alpha):
             state = state @ (np.eye(len(k)) - b * np.outer(k, k)) + b * np.outer(v, k)
         outputs.append(state @ q)
     return np.array(outputs)
+
+
+def dfw(state, queries, keys, values, key_gate, value_gate):
+    """S_t = (z_t f_t^T) * S_{t-1} + v_t k_t^T  (Mao, arXiv 2210.04243)."""
+    outputs = []
+    for q, k, v, f, z in zip(queries, keys, values, key_gate, value_gate, strict=True):
+        state = np.outer(z, f) * state + np.outer(v, k)
+        outputs.append(state @ q)
+    return np.array(outputs)
+
+
+def gla(state, queries, keys, values, alpha):
+    """S_t = S_{t-1} Diag(alpha_t) + v_t k_t^T  (Yang et al., arXiv 2312.06635)."""
+    outputs = []
+    for q, k, v, a in zip(queries, keys, values, alpha, strict=True):
+        state = state @ np.diag(a) + np.outer(v, k)
+        outputs.append(state @ q)
+    return np.array(outputs)
+
+
+def hgrn2(state, queries, values, forget):
+    """h_t = h_{t-1} Diag(f_t) + v_t (1 - f_t)^T  (Qin et al., arXiv 2404.07904)."""
+    outputs = []
+    for q, v, f in zip(queries, values, forget, strict=True):
+        state = state @ np.diag(f) + np.outer(v, 1 - f)
+        outputs.append(state @ q)
+    return np.array(outputs)
+
+
+def mamba2(state, c, b, x, dt, a):
+    """h_t = exp(-a dt_t) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t.
+
+    Dao and Gu, arXiv 2405.21060.
+    """
+    outputs = []
+    for c_t, b_t, x_t, step in zip(c, b, x, dt, strict=True):
+        state = np.exp(-a * step) * state + step * np.outer(x_t, b_t)
+        outputs.append(state @ c_t)
+    return np.array(outputs)
+
+
+def mamba(state, x, dt, a, b, c):
+    """Selective scan, arXiv 2312.00752: a state [D, N] with its own dt and A per D.
+
+    h_t = exp(dt_t A) * h_{t-1} + (dt_t x_t) B_t^T, y_t = h_t C_t.
+    """
+    outputs = []
+    for x_t, step, b_t, c_t in zip(x, dt, b, c, strict=True):
+        state = np.exp(step[:, None] * a) * state + np.outer(step * x_t, b_t)
+        outputs.append(state @ c_t)
+    return np.array(outputs)
+
+
+def longhorn_diagonal(state, queries, keys, values, beta):
+    """S_t = (1 - e (k * k)^T) * S_{t-1} + (e * v) k^T, e = beta / (1 + beta |k|^2).
+
+    Longhorn as its kernel computes it (arXiv 2407.14207), beta one per value channel.
+    """
+    outputs = []
+    for q, k, v, b in zip(queries, keys, values, beta, strict=True):
+        e = b / (1 + b * (k @ k))
+        state = (1 - np.outer(e, k * k)) * state + np.outer(e * v, k)
+        outputs.append(state @ q)
+    return np.array(outputs)
+
+
+def kimi_delta_attention(state, queries, keys, values, beta, alpha):
+    """S <- S Diag(alpha_t); S <- S + beta (v - S k) k^T  (arXiv 2510.26692)."""
+    outputs = []
+    for q, k, v, b, a in zip(queries, keys, values, beta, alpha, strict=True):
+        state = state @ np.diag(a)
+        state = state + b * np.outer(v - state @ k, k)
+        outputs.append(state @ q)
+    return np.array(outputs)
+
+
+def rwkv7(state, r, w, removal, a, replacement, v):
+    """wkv_t = wkv_{t-1} (diag(w_t) - k^T (a_t * k)) + v_t^T k~_t in row vectors.
+
+    Equation 17 of arXiv 2503.14456, k the removal key and k~ the replacement key.
+    """
+    outputs = []
+    for r_t, w_t, k, a_t, new, v_t in zip(
+        r, w, removal, a, replacement, v, strict=True
+    ):
+        transition = np.diag(w_t) - np.outer(k, a_t * k)
+        state = state @ transition + np.outer(v_t, new)
+        outputs.append(state @ r_t)
+    return np.array(outputs)

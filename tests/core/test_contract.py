@@ -218,8 +218,7 @@ def test_order_and_forgetting_matter(case):
     reverse = tokens._replace(keys=tokens.keys[::-1].copy())
     outputs, _ = core.run_whole(case.rule, None)(params, reverse)
     assert error(outputs, whole) > 1e-3
-    for rate in ("learn", "keep", "momentum", "threshold"):
-        given = getattr(tokens.rates, rate)
+    for rate, given in tokens.rates._asdict().items():
         if given is not None:
             rates = tokens.rates._replace(**{rate: given[::-1].copy()})
             flipped = tokens._replace(rates=rates)
@@ -262,6 +261,12 @@ def test_readout_and_chunk_size_are_part_of_the_model():
         (lambda: algorithm.GradientDescent(at="next"), "at="),
         (lambda: replace(variant("gated_delta_net"), chunk_size=4), "chunk_size=1"),
         (lambda: algorithm.GradientDescent(steps=0), "steps"),
+        (lambda: algorithm.GradientDescent(axis="row"), "axis"),
+        (lambda: algorithm.EraseWrite("next"), "at="),
+        (lambda: replace(variant("rwkv7"), chunk_size=4), "chunk_size=1"),
+        (lambda: replace(variant("rwkv7"), bias=bias.L1()), "bias.L2"),
+        (lambda: replace(variant("dfw"), memory=memory.Vector()), "key axis"),
+        (lambda: replace(variant("dfw"), algorithm=algorithm.Momentum()), "momentum"),
         (lambda: replace(variant("longhorn"), chunk_size=4), "chunk_size=1"),
         (lambda: replace(variant("longhorn"), bias=bias.L1()), "bias.L2"),
         (lambda: replace(variant("yaad"), algorithm=algorithm.Implicit()), "at='prev"),
@@ -286,7 +291,12 @@ def test_impossible_choices_fail_at_construction(build, word):
 
 @pytest.mark.parametrize(
     "kind",
-    [memory.MLP(), memory.Linear(residual=True), memory.GatedMLP(residual=True)],
+    [
+        memory.MLP(),
+        memory.Linear(residual=True),
+        memory.GatedMLP(residual=True),
+        memory.Vector(),
+    ],
 )
 def test_a_residual_memory_needs_equal_widths(kind, key):
     rule = replace(variant("yaad"), memory=kind)
@@ -313,6 +323,15 @@ def test_an_unknown_implementation_is_refused():
 
 def test_momentum_without_its_rate_is_refused():
     refuse(variant("titans"), "momentum", momentum=None)
+
+
+def test_erasing_without_its_rate_or_its_keys_is_refused():
+    rule = variant("rwkv7")
+    refuse(rule, "erase", erase=None)
+    params, tokens = core.inputs(Case("refused", rule))
+    tokens = tokens._replace(erase_keys=None)
+    with pytest.raises(UserError, match="erase_keys"):
+        miras.run(rule, params, rule.start(params), tokens)
 
 
 def test_kl_refuses_channelwise_keep():

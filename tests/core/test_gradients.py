@@ -22,7 +22,8 @@ STENCIL = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
 def gradient_cases():
     """Every variant, the exact readouts, and every row of the table with channels."""
     table = {case.name: case for case in core.all_cases()}
-    yield from core.variant_cases()
+    # Variants of one rule differ in their rates' parametrisation alone.
+    yield from {case[1:]: case for case in reversed(core.variant_cases())}.values()
     for name in ("moneta", "memora"):
         rule = replace(table[name].rule, readout="exact")
         yield table[name]._replace(name=f"{name}-exact", rule=rule)

@@ -34,8 +34,11 @@ def miras(rule, **changes):
 
 FIXED = RateChoices(learn=Fixed((1.0, 1.0)), keep=Fixed((2**-5, 2**-6), "keep"))
 
+# The first variant of each rule: others differ in the rates' parametrisation alone.
+RULES = {variant(): variant.__name__ for variant in reversed(variants.ALL)}
+
 MIXERS = {
-    **{variant.__name__: (miras(variant()),) for variant in variants.ALL},
+    **{name: (miras(rule),) for rule, name in RULES.items()},
     "retnet_fixed": (miras(variants.retnet(), rates=FIXED),),
     "attention": (Attention(num_heads=2),),
     "window": (Attention(num_heads=2, window=WINDOW),),

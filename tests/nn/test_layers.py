@@ -352,7 +352,7 @@ def test_fixed_rates_are_constants_without_parameters():
 
 DEEP = {"moneta", "yaad", "memora", "titans", "ttt_mlp", "ttt_linear"}
 CHANNELWISE = {"moneta", "yaad", "ttt_mlp", "ttt_linear"}
-STARTS = {"momentum": (0.5, 0.9), "threshold": (0.05, 0.2)}
+STARTS = {"momentum": (0.5, 0.9), "threshold": (0.05, 0.2), "erase": (0.5, 0.5)}
 
 
 @pytest.mark.parametrize("variant", variants.ALL)
@@ -365,7 +365,7 @@ def test_default_rates_start_where_their_docstring_says(variant):
     deep = name in DEEP
     learn = (limit / 8, limit / 2) if deep else (0.5, 0.5)
     keep = (0.99, 0.9999) if deep else (0.9, 0.999)
-    starts = {"learn": learn, "keep": keep, **STARTS}
+    starts = {"learn": learn, "keep": keep, "keep_value": keep, **STARTS}
     for field in Rates._fields:
         choice = getattr(choices, field)
         assert (choice is not None) == (field in rule.rates)

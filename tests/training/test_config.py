@@ -57,9 +57,9 @@ def test_round_trip(value):
     assert type(back) is type(value) and repr(back) == repr(value)
 
 
-def test_every_variant_is_told_from_every_other():
+def test_every_rule_is_told_from_every_other():
     texts = [json.dumps(to_json(model)) for model in MODELS]
-    assert len(set(texts)) == len(variants.ALL)
+    assert len(set(texts)) == len({make() for make in variants.ALL})
 
 
 def test_every_field_counts():

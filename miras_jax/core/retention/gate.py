@@ -16,7 +16,7 @@ class Retention(Protocol):
     is_identity: bool  # whether weights(A) = A
     rates: tuple[str, ...]  # the rates that it uses: keep, unless it never forgets
     channelwise: bool  # whether rates.keep may differ between channels
-    axis: str  # "key" or "value": where a channel-wise keep acts on a single matrix
+    axis: str  # "key", "value" or "both": where keep acts on a single matrix
 
     def weights(self, dual: jax.Array) -> jax.Array: ...
 
@@ -78,13 +78,20 @@ class Decay(Identity):
     """L2 retention: W_s = keep_s W_{s-1} + step_s (Miras, eq. 26; Titans, eq. 13).
 
     keep is scalar or channel-wise; on a memory of a single matrix the channels are
-    those of the "key" (GLA) or of the "value" axis.
+    those of the "key" (GLA) or of the "value" axis. With "both", entry (i, j) is kept
+    by keep_i keep_value_j (DFW): `keep` acts on the inputs of the memory, the rate
+    `keep_value` on its outputs, each scalar or channel-wise.
     """
 
-    axis: Literal["key", "value"] = "key"
+    axis: Literal["key", "value", "both"] = "key"
 
     def __post_init__(self):
-        if self.axis not in ("key", "value"):
+        if self.axis not in ("key", "value", "both"):
             raise UserError(
-                f"retention.Decay(axis=...) is 'key' or 'value'; got {self.axis!r}."
+                "retention.Decay(axis=...) is 'key', 'value' or 'both'; "
+                f"got {self.axis!r}."
             )
+
+    @property
+    def rates(self):
+        return ("keep", "keep_value") if self.axis == "both" else ("keep",)

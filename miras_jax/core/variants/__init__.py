@@ -10,13 +10,22 @@ from miras_jax.core.variants.deep import ttt_linear as ttt_linear
 from miras_jax.core.variants.deep import ttt_mlp as ttt_mlp
 from miras_jax.core.variants.linear import delta_net as delta_net
 from miras_jax.core.variants.linear import delta_product as delta_product
+from miras_jax.core.variants.linear import dfw as dfw
 from miras_jax.core.variants.linear import gated_delta_net as gated_delta_net
 from miras_jax.core.variants.linear import (
     gated_delta_net_miras as gated_delta_net_miras,
 )
+from miras_jax.core.variants.linear import gla as gla
+from miras_jax.core.variants.linear import hgrn2 as hgrn2
+from miras_jax.core.variants.linear import kimi_delta_attention as kimi_delta_attention
+from miras_jax.core.variants.linear import lightning_attention as lightning_attention
 from miras_jax.core.variants.linear import linear_attention as linear_attention
 from miras_jax.core.variants.linear import longhorn as longhorn
+from miras_jax.core.variants.linear import longhorn_diagonal as longhorn_diagonal
+from miras_jax.core.variants.linear import mamba as mamba
+from miras_jax.core.variants.linear import mamba2 as mamba2
 from miras_jax.core.variants.linear import retnet as retnet
+from miras_jax.core.variants.linear import rwkv7 as rwkv7
 from miras_jax.core.variants.miras import memora as memora
 from miras_jax.core.variants.miras import moneta as moneta
 from miras_jax.core.variants.miras import yaad as yaad
@@ -30,10 +39,19 @@ ALL = (
     ttt_linear,
     linear_attention,
     retnet,
+    lightning_attention,
+    mamba2,
+    dfw,
+    gla,
+    hgrn2,
+    mamba,
+    longhorn_diagonal,
     delta_net,
     gated_delta_net,
     gated_delta_net_miras,
-    longhorn,
+    kimi_delta_attention,
     delta_product,
+    rwkv7,
+    longhorn,
 )
 """Every named rule, in the order of the table that `miras variants` prints."""

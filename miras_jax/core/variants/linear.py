@@ -1,51 +1,142 @@
-"""Models whose memory is one matrix: exact in blocks of any size."""
+"""Models whose memory is one matrix: exact in blocks of any size.
 
-from miras_jax.core.algorithm import GradientDescent, Implicit
+A row is M_t = W_t^T, with keys as columns, as the papers print it. Several models are
+the same rule and differ in the parametrisation of its rates alone, as their docstrings
+say.
+"""
+
+from dataclasses import replace
+
+from miras_jax.core.algorithm import EraseWrite, GradientDescent, Implicit
 from miras_jax.core.bias import L2, DotProduct
 from miras_jax.core.memory import Linear
 from miras_jax.core.retention import Decay, Keep
 from miras_jax.core.rule import Rule
 
+# Hebbian: the dot-product bias.
+
 
 def linear_attention() -> Rule:
-    """M_t = M + v k^T (arXiv 2006.16236), at learn = 1."""
+    """M_t = M + v k^T (arXiv 2006.16236), at learn = 1.
+
+    keys and queries are elu(x) + 1 there, and the output is divided by q^T sum k.
+    """
     return Rule(Linear(), DotProduct(), Keep(), GradientDescent(), chunk_size=1)
 
 
 def retnet() -> Rule:
-    """M_t = keep M + v k^T, keep fixed per head (arXiv 2307.08621, eq. 5)."""
+    """M_t = keep M + v k^T (arXiv 2307.08621, eq. 6), at learn = 1.
+
+    keep is a constant of the head h = 0, 1, ...: 1 - 2^(-5-h) (eq. 8).
+    """
     return Rule(Linear(), DotProduct(), Decay(), GradientDescent(), chunk_size=1)
 
 
+def lightning_attention() -> Rule:
+    """M_t = keep M + v k^T (Lightning Attention-2, arXiv 2401.04658): RetNet's rule.
+
+    keep is a constant of head h of H and of layer l of L, exp(-(8 h / H) (1 - l / L))
+    (TransNormerLLM, arXiv 2307.14995, section 3.1); learn = 1.
+    """
+    return retnet()
+
+
+def mamba2() -> Rule:
+    """M_t = keep M + learn v k^T (arXiv 2405.21060, section 5): RetNet's rule.
+
+    learn = dt = softplus(x w + b) and keep = exp(-a dt) with a > 0, both one per head
+    and token; k = B_t and q = C_t are shared by the heads.
+    """
+    return retnet()
+
+
+def dfw() -> Rule:
+    """M_t = (keep_value keep^T) * M + v k^T, decaying fast weights, at learn = 1.
+
+    Both factors are channel-wise sigmoids of projections of the token (arXiv
+    2210.04243, section 3).
+    """
+    rule = retnet()
+    return replace(rule, retention=Decay(axis="both"))
+
+
+def gla() -> Rule:
+    """M_t = M Diag(keep) + v k^T (arXiv 2312.06635, eq. 3), at learn = 1.
+
+    RetNet's rule with one keep per key channel: sigmoid(x W_1 W_2 + b)^(1/16) of rank
+    16 (section 4.4).
+    """
+    return retnet()
+
+
+def hgrn2() -> Rule:
+    """M_t = M Diag(keep) + v (1 - keep)^T (arXiv 2404.07904, section 3): GLA's rule.
+
+    The key is one minus the forget gate, which is a sigmoid above a lower bound that
+    rises with the layer; learn = 1. Table 1 of Miras marks the bias as L1, whose
+    gradient is sign(M k - v) k^T; its write rule and that of HGRN2 itself are Hebbian,
+    as here. `replace(hgrn2(), bias=L1())` is the rule of the mark.
+    """
+    return gla()
+
+
+def mamba() -> Rule:
+    """h_t = keep * h + learn x B_t, y_t = C_t^T h_t (S6, arXiv 2312.00752, eq. 2).
+
+    GLA's rule, a head for each channel: value_dim 1 (x, a single number), key_dim N,
+    and k = B_t and q = C_t shared by all channels. learn = dt = softplus(x W_1 W_2 + b)
+    and keep = exp(dt A), A < 0 of size N per channel, that is, the discretisation of
+    eq. 4 with dt B for the input (sections 3.2 and 3.6).
+    """
+    return gla()
+
+
+def longhorn_diagonal() -> Rule:
+    """h_t = (1 - learn k * k) * h + learn v k, learn = b / (1 + b |k|^2).
+
+    What Longhorn's kernel computes in place of `longhorn` (arXiv 2407.14207, section
+    3.2): its transition I - learn k k^T without what is off the diagonal. With a learn
+    per value channel that is Mamba's rule, a head of value_dim 1 for each, at keep = 1
+    - learn k * k; b is a sigmoid.
+    """
+    return mamba()
+
+
+# Delta rules: the L2 bias.
+
+
 def delta_net() -> Rule:
-    """M_t = (I - learn k k^T) M + learn v k^T (arXiv 2406.06484, eq. 2)."""
+    """M_t = M (I - learn k k^T) + learn v k^T (arXiv 2406.06484, eq. 2).
+
+    learn is a sigmoid, one per head and token; keys have norm one.
+    """
     return Rule(Linear(), L2(), Keep(), GradientDescent(), chunk_size=1)
 
 
 def gated_delta_net() -> Rule:
-    """M_t = keep (I - learn k k^T) M + learn v k^T (arXiv 2412.06464, eq. 10).
+    """M_t = keep M (I - learn k k^T) + learn v k^T (arXiv 2412.06464, eq. 10).
 
-    The error is taken at the decayed memory.
+    The error is taken at the decayed memory. learn is a sigmoid, keep Mamba2's.
     """
     algorithm = GradientDescent(at="retained")
     return Rule(Linear(), L2(), Decay(), algorithm, chunk_size=1)
 
 
 def gated_delta_net_miras() -> Rule:
-    """M_t = (keep I - learn k k^T) M + learn v k^T: the error at the old memory.
+    """M_t = M (keep I - learn k k^T) + learn v k^T: the error at the old memory.
 
     The gated delta rule in the form that Miras and Titans give it (Titans, appendix C).
     """
     return Rule(Linear(), L2(), Decay(), GradientDescent(), chunk_size=1)
 
 
-def longhorn() -> Rule:
-    """M_t = (I - s k k^T) M + s v k^T, s = learn / (1 + learn |k|^2).
+def kimi_delta_attention() -> Rule:
+    """M_t = M Diag(keep) (I - learn k k^T) + learn v k^T (arXiv 2510.26692, eq. 1).
 
-    The exact online solution of |M - M_{t-1}|^2 + learn |M k - v|^2, learn one number
-    or one per value channel (arXiv 2407.14207, eq. 6 and 7).
+    Gated DeltaNet's rule with one keep per key channel, a low-rank projection of the
+    token under Mamba2's activation; learn is a sigmoid.
     """
-    return Rule(Linear(), L2(), Keep(), Implicit(), chunk_size=1)
+    return gated_delta_net()
 
 
 def delta_product(steps: int = 2) -> Rule:
@@ -55,3 +146,24 @@ def delta_product(steps: int = 2) -> Rule:
     """
     algorithm = GradientDescent(at="retained", steps=steps)
     return Rule(Linear(), L2(), Decay(), algorithm, chunk_size=1)
+
+
+def rwkv7() -> Rule:
+    """M_t = M (Diag(keep) - e (erase * e)^T) + v k^T (arXiv 2503.14456, eq. 17).
+
+    e = `erase_keys`, of norm one, is what the memory is asked for and what is erased,
+    with a rate `erase` per key channel; k is written instead, at learn = 1. keep =
+    exp(-e^(-1/2) sigmoid(.)) in (0.545, 1) and erase = sigmoid(.) of low-rank
+    projections; e = normalised key * xi and k = key * (1 + (erase - 1) * alpha) with
+    learned xi and alpha (their section on weight preparation).
+    """
+    return Rule(Linear(), L2(), Decay(), EraseWrite(), chunk_size=1)
+
+
+def longhorn() -> Rule:
+    """M_t = M (I - s k k^T) + s v k^T, s = learn / (1 + learn |k|^2).
+
+    The exact online solution of |M - M_{t-1}|^2 + learn |M k - v|^2, learn one number
+    or one per value channel, a sigmoid (arXiv 2407.14207, eq. 6 and 7).
+    """
+    return Rule(Linear(), L2(), Keep(), Implicit(), chunk_size=1)
