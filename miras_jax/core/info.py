@@ -18,7 +18,8 @@ class Info(NamedTuple):
     """Of every token, `[L]`. W_t are the weights after it, those that read its query.
 
     W'_t are what they would be, had the memory learned nothing from this one token
-    (learn_t = 0): forgetting, and what momentum still carries, happen all the same.
+    (learn_t = erase_t = 0): forgetting, and what momentum still carries, happen all
+    the same.
     Norms are over all matrices together (Frobenius). Of a rule with several pairs per
     token, loss and step are summed over them, kept is their product and norm the last.
     """
@@ -65,7 +66,10 @@ def observe(
 
 def _loss_and_counterfactual(rule, params, state, token):
     """What W_t must be compared with, as a function of W_t."""
-    nothing = token._replace(rates=token.rates._replace(learn=jnp.zeros(())))
+    rates = token.rates._replace(learn=jnp.zeros(()))
+    if rates.erase is not None:
+        rates = rates._replace(erase=jnp.zeros_like(rates.erase))
+    nothing = token._replace(rates=rates)
     before = rule.weights(state)
     without = rule.weights(rule.step(params, state, nothing)[1])
     prediction = rule.memory.read(

@@ -26,6 +26,7 @@ SEEN = (
     "huber-switch-channels",
     "elastic-hard",
     "momentum-retained",
+    "rwkv7",
 )
 
 
