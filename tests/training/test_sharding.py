@@ -24,7 +24,7 @@ from miras_jax.training.checkpoint import Checkpoints
 from miras_jax.training.config import Mesh
 from miras_jax.training.metrics import read_table
 from miras_jax.training.run import Run
-from tests.training.test_train import one_device, tiny
+from tests.training.runs import one_device, tiny
 
 STEPS, SAVED = 5, 3
 MESHES = [Mesh(data=8), Mesh(2, 2, 2), Mesh(1, 4, 2)]

@@ -1,8 +1,6 @@
-"""The loop: the golden step, the guard, and runs that are cut off and go on exactly."""
+"""The loop: runs that are cut off go on exactly, and what the guard makes of a run."""
 
 import contextlib
-import dataclasses
-import functools
 import hashlib
 import os
 import random
@@ -17,101 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from miras_jax import variants
-from miras_jax.nn.functional import FunctionalModel
-from miras_jax.nn.miras import Miras
-from miras_jax.nn.model import Model
-from miras_jax.training import config, step
 from miras_jax.training import train as train_module
-from miras_jax.training.config import Experiment, Guard, Optimizer
-from miras_jax.training.data import TextFiles
 from miras_jax.training.metrics import read_table
-from miras_jax.training.run import Run
-from miras_jax.training.tokenizer import Bytes
 from miras_jax.training.train import Diverged, Result, train
-
-RULE = dataclasses.replace(variants.titans(), chunk_size=8)
-
-
-def tiny(folder: Path, **changes) -> Experiment:
-    """Twelve steps of a small Titans on made-up text, which is written to `folder`.
-
-    An evaluation reads two batches, of which the last is not full.
-    """
-    words, rng = ["the", "cat", "sat", "on", "a", "mat"], random.Random(0)
-    for name, count in (("train", 1500), ("heldout", 90)):
-        text = " ".join(rng.choice(words) for _ in range(count))
-        (folder / f"{name}.txt").write_text(text)
-    experiment = Experiment(
-        model=Model(width=32, depth=2, mixers=(Miras(RULE, num_heads=2),)),
-        data=TextFiles(
-            (str(folder / "train.txt"),), (str(folder / "heldout.txt"),), 32, Bytes()
-        ),
-        optimizer=Optimizer(warmup_steps=4),
-        steps=12,
-        batch_size=8,
-        evaluate_every=6,
-        checkpoint_every=4,
-        guard=Guard(limit=3),
-    )
-    return dataclasses.replace(experiment, **changes)
-
-
-def one_device() -> jax.sharding.Mesh:
-    device = np.array(jax.devices()[:1]).reshape(1, 1, 1)
-    return jax.sharding.Mesh(device, ("data", "fsdp", "model"))
-
-
-@functools.cache
-def compiled(experiment: Experiment) -> dict:
-    """What runs of equal models share, so that each program is compiled once."""
-    run = Run(experiment, "nowhere")
-    run.mesh = one_device()
-    run.model = FunctionalModel(experiment.model, Bytes().train([]).vocab_size)
-    state = jax.tree.map(np.asarray, run.initial_state())
-    names = ("mesh", "model", "abstract_state", "state_shardings")
-    steps = {"the_step": run.train_step, "the_evaluation": run.evaluate_step}
-    return {name: getattr(run, name) for name in names} | steps | {"fresh": state}
-
-
-class SharedRun(Run):
-    """A run on one device, in which a test can let something happen.
-
-    `events` maps ("step", 3), ("evaluation", 1) or ("start", 0) to what happens just
-    before that, counted from 1 in this process. It returns None, or what takes the
-    place of the tokens of a step or of the stop flags of an evaluation.
-    """
-
-    events = {}
-
-    def __init__(self, experiment, workdir):
-        super().__init__(experiment, workdir)
-        plain = dataclasses.replace(
-            experiment,
-            data=TextFiles((), (), 32, Bytes()),
-            evaluate_every=1,
-            checkpoint_every=1,
-        )
-        self.__dict__.update(compiled(plain))
-        self.counts = {"step": 0, "evaluation": 0}
-
-    def happen(self, kind, array):
-        self.counts[kind] += 1
-        event = self.events.get((kind, self.counts[kind]), lambda: None)
-        replaced = event()
-        # As the loop would put it: placed otherwise, it would be compiled for anew.
-        return array if replaced is None else jax.device_put(replaced, array.sharding)
-
-    def initial_state(self):
-        self.events.get(("start", 0), lambda: None)()
-        return jax.device_put(self.fresh, self.state_shardings)
-
-    def train_step(self, state, tokens, stop):
-        return self.the_step(state, self.happen("step", tokens), stop)
-
-    def evaluate_step(self, parameters, tokens, weights, stop):
-        stop = self.happen("evaluation", stop)
-        return self.the_evaluation(parameters, tokens, weights, stop)
+from tests.training.runs import SharedRun, bad_batch, bits, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -151,15 +58,6 @@ class Crash(Exception):
 
 def crash():
     raise Crash
-
-
-def bad_batch():
-    """Tokens beyond the vocabulary, whose loss is NaN."""
-    return np.full((8, 33), 10**6, np.int32)
-
-
-def bits(tree) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def last_state(experiment, workdir):
@@ -295,125 +193,11 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(straight, tmp_path):
     assert_same_as(straight, experiment, workdir)
 
 
-@pytest.fixture(scope="module")
-def one_step(tmp_path_factory):
-    """`(change, tokens) -> before, after, metrics` of one step from the third on."""
-    experiment = tiny(tmp_path_factory.mktemp("one_step"))
-    run = SharedRun(experiment, "nowhere")
-    tokens = np.random.default_rng(0).integers(0, 257, (8, 33), np.int32)
-
-    def take(change=lambda state: state, tokens=tokens):
-        state = jax.device_put(run.fresh, run.state_shardings)
-        for _ in range(2):
-            state, _ = run.the_step(state, run.to_devices(tokens_0), no_stop)
-        state = jax.device_put(change(state), run.state_shardings)
-        before = jax.tree.map(np.array, state)
-        after, metrics = run.the_step(state, run.to_devices(tokens), no_stop)
-        return before, jax.tree.map(np.array, after), metrics
-
-    tokens_0, no_stop = tokens, run.stop_flags(False)
-    return take
-
-
-def with_average(factor):
-    """The running mean such that the next loss, about 5.5, is `factor` times it."""
-    return lambda state: state._replace(average_loss=state.average_loss / factor)
-
-
-def with_nan(state):
-    """One NaN among the parameters."""
-    embedding = state.parameters["embedding"].at[0, 0].set(jnp.nan)
-    return state._replace(parameters=state.parameters | {"embedding": embedding})
-
-
-@pytest.mark.parametrize(
-    "case",
-    [{"tokens": bad_batch()}, {"change": with_nan},
-     {"change": with_average(2.2)}],
-    ids=["nan batch", "nan parameter", "spike"],
-)  # fmt: skip
-def test_a_skipped_update_changes_nothing_but_the_counters(case, one_step):
-    before, after, metrics = one_step(**case)
-    counters = {"step": 3, "skipped": 1, "skipped_in_row": 1}
-    expected = before._replace(**{n: np.int32(v) for n, v in counters.items()})
-    assert bits(after) == bits(expected)
-    assert (int(metrics.skipped), int(metrics.skipped_in_row)) == (1, 1)
-
-
-def test_an_update_is_accepted_below_the_spike_and_ends_a_row(one_step):
-    def change(state):
-        state = with_average(1.8)(state)
-        return state._replace(skipped=jnp.int32(1), skipped_in_row=jnp.int32(1))
-
-    before, after, metrics = one_step(change)
-    assert bits(after.parameters) != bits(before.parameters)
-    assert (after.step, after.skipped, after.skipped_in_row) == (3, 1, 0)
-    mean = 0.95 * before.average_loss + 0.05 * float(metrics.loss)
-    assert after.average_loss == pytest.approx(mean, rel=1e-6)
-
-
-# Loss (about log 257) and gradient norm of the tiny configuration's first step.
-GOLDEN = (5.548593521118164, 1.2001930475234985)
-
-
-def test_golden_first_step(one_step, tmp_path):
-    run = SharedRun(tiny(tmp_path), "nowhere")
-    tokens = np.arange(8 * 33, dtype=np.int32).reshape(8, 33) * 7 % 257
-    state = jax.device_put(run.fresh, run.state_shardings)
-    _, metrics = run.the_step(state, run.to_devices(tokens), run.stop_flags(False))
-    found = (metrics.loss.item(), metrics.gradient_norm.item())
-    assert found == pytest.approx(GOLDEN, rel=1e-5), (
-        f"the first step gives loss and gradient norm {found}, not {GOLDEN}: the "
-        "model, its initial values or the loss have changed. If that was meant, write "
-        "the new numbers into GOLDEN and say so in CHANGELOG.md"
-    )
-
-
-def test_schedule():
-    rate = step.schedule(Optimizer(learning_rate=2.0, warmup_steps=10), 110)
-    assert rate(0) == 0
-    assert rate(5) == pytest.approx(1.0)
-    assert rate(10) == pytest.approx(2.0)
-    assert rate(60) == pytest.approx((2.0 + 0.2) / 2)
-    assert rate(110) == pytest.approx(0.2)
-    # A warm-up longer than the run still ends with it.
-    assert step.schedule(Optimizer(learning_rate=2.0), 20)(19) == pytest.approx(2.0)
-
-
-def test_what_decays():
-    """With a gradient of zero all that moves a parameter is its decay."""
-    model = FunctionalModel(
-        Model(
-            width=32,
-            depth=2,
-            mixers=(Miras(variants.yaad(), num_heads=2),),
-            embedding="untied",
-        ),
-        257,
-    )
-    zero = {name: jnp.zeros(()) for name in model.shapes}
-    ones = jax.tree.map(jnp.ones_like, zero)
-    optimizer = step.make_optimizer(config.Optimizer(warmup_steps=1), 10)
-    # The first update has rate 0.
-    _, state = optimizer.update(zero, optimizer.init(ones), ones)
-    updates, _ = optimizer.update(zero, state, ones)
-    mixer = "groups/blocks/0/mixer"
-    rates = [f"rates/{r}/{p}" for r in RATES for p in ("down", "up")]
-    assert {name for name, update in updates.items() if jnp.any(update)} == {
-        "embedding",
-        "output/weight",
-        *(f"{mixer}/{name}/weight" for name in ("qkv", "gate", "output", *rates)),
-        *(f"groups/blocks/0/mlp/{name}/weight" for name in ("gate", "up", "down")),
-    }
-
-
-RATES = ("learn", "keep", "threshold")
-
 KILLED = """
 import sys
 from pathlib import Path
 from miras_jax.training.train import train
-from tests.training.test_train import tiny
+from tests.training.runs import tiny
 
 folder = Path(sys.argv[1])
 train(tiny(folder, checkpoint_every=2), folder / "run")
