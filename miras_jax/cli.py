@@ -217,7 +217,7 @@ def _variants(arguments, argv: Sequence[str]) -> int:
         "chunk: tokens whose gradients are taken at the same weights\n"
         f"state: numbers that a head of dimension {HEAD_DIM} carries while it decodes\n"
     )
-    print(f"{'':21}  chunk    state  memory, bias, retention, algorithm")
+    print(f"{'':24}  chunk    state  memory, bias, retention, algorithm")
     for make in variants.ALL:
         rule = make()
         axes = (rule.memory, rule.bias, rule.retention, rule.algorithm)
@@ -228,7 +228,8 @@ def _variants(arguments, argv: Sequence[str]) -> int:
         )
         size = sum(x.size for x in jax.tree.leaves(state._replace(position=())))
         choices = ", ".join(map(_brief, axes))
-        print(f"{make.__name__:21}  {rule.chunk_size:5}  {size:7,}  {choices}")
+        size = "grows" if size == 0 else f"{size:,}"
+        print(f"{make.__name__:24}  {rule.chunk_size:5}  {size:>7}  {choices}")
         indent = " " * 4
         text = " ".join(make.__doc__.split())
         print(textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=indent))

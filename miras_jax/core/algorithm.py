@@ -162,3 +162,10 @@ class Momentum(_Descent):
     def flow(self, log_keep, momentum, side, when, written):
         log_momentum = causal.safe_log(momentum)
         return causal.momentum_flow(log_keep, log_momentum, side, when, written)
+
+
+@dataclass(frozen=True, repr=False)
+class NonParametric(_Descent):
+    """No step: the solution for all tokens that memory.Cache keeps (Table 1)."""
+
+    at = "previous"

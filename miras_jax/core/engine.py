@@ -1,11 +1,13 @@
 """run and step: one sequence through one rule, in whichever way is asked for."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from miras_jax.core import attention
 from miras_jax.core.block import block, parallel_tokens
 from miras_jax.core.rule import Rule
 from miras_jax.core.types import Params, State, Tokens
@@ -79,6 +81,12 @@ def run(
 
 
 def _run_definition(rule, params, state, tokens):
+    if rule.keeps_tokens:
+        # Rows for all tokens, as a scan cannot make any.
+        kept = rule.memory.window or len(state.dual[0]) + len(tokens.keys)
+        rule = replace(rule, memory=replace(rule.memory, window=kept))
+        state = attention.with_rows(state, kept)
+
     def body(state, token):
         output, state = rule.step(params, state, token)
         return state, output
@@ -89,6 +97,8 @@ def _run_definition(rule, params, state, tokens):
 
 
 def _run_blocks(rule, params, state, tokens):
+    if rule.keeps_tokens:
+        return attention.run(rule.memory.window, state, tokens)
     length = len(tokens.keys)
     size = parallel_tokens(rule, tokens.rates, LINEAR_TILE)
     position = state.position if rule.has_anchor else 0

@@ -52,6 +52,8 @@ def observe(
             norm=pairs.norm[:, -1],
         )
         return info, outputs[steps - 1 :: steps], state
+    if rule.keeps_tokens:
+        raise UserError(f"observe needs a memory that learns; got {rule.memory}.")
     rule.check(tokens)
 
     def body(state, token):

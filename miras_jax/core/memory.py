@@ -222,3 +222,30 @@ class GatedMLP(Choice):
         y = product(2, self.activation(product(0, x)) * product(1, x))
         y = layer_norm(y, params) if self.norm else y
         return x + y if self.residual else y
+
+
+@dataclass(frozen=True, repr=False)
+class Cache(Choice):
+    """The keys and values themselves, read by softmax attention (core/attention.py).
+
+    With a `window`, those of the last so many tokens. It has no weights:
+    `rule.weights(state)` are the keys `[S, K]` and values `[S, V]` that are kept. Made
+    for bias.L2(), retention.Keep() and algorithm.NonParametric().
+    """
+
+    window: int | None = None
+
+    is_linear = False
+    is_affine = False
+    entries = 0
+
+    def __post_init__(self):
+        if self.window is not None and self.window < 1:
+            raise UserError(f"memory.Cache needs window >= 1; got {self.window}.")
+
+    def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
+        return ((0, key_dim), (0, value_dim))
+
+    def init(self, key: jax.Array, key_dim: int, value_dim: int) -> Params:
+        shapes = self.shapes(key_dim, value_dim)
+        return Params(tuple(jnp.zeros(shape) for shape in shapes))

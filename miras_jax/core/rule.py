@@ -20,10 +20,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from miras_jax.core.algorithm import Algorithm, GradientDescent
+from miras_jax.core import attention
+from miras_jax.core.algorithm import Algorithm, GradientDescent, NonParametric
 from miras_jax.core.bias import L2, Bias
-from miras_jax.core.memory import Memory
-from miras_jax.core.retention import Decay, Retention
+from miras_jax.core.memory import Cache, Memory
+from miras_jax.core.retention import Decay, Keep, Retention
 from miras_jax.core.types import (
     Choice,
     Params,
@@ -56,6 +57,17 @@ class Rule(Choice):
         if self.readout not in ("linear", "exact"):
             raise UserError(
                 f"Rule(readout=...) is 'linear' or 'exact'; got {self.readout!r}."
+            )
+        if (self.keeps_tokens or self.algorithm == NonParametric()) and not (
+            self.keeps_tokens
+            and (self.bias, self.retention, self.algorithm, self.chunk_size)
+            == (L2(), Keep(), NonParametric(), 1)
+        ):
+            raise UserError(
+                "A memory of the tokens themselves is memory.Cache() with bias.L2(), "
+                "retention.Keep(), algorithm.NonParametric() and chunk_size=1, as in "
+                f"variants.softmax_attention(); got {self.memory}, {self.bias}, "
+                f"{self.retention}, {self.algorithm} and chunk_size={self.chunk_size}."
             )
         if self.chunk_size < 1:
             raise UserError(f"Rule needs chunk_size >= 1; got {self.chunk_size}.")
@@ -94,8 +106,15 @@ class Rule(Choice):
             )
 
     @property
+    def keeps_tokens(self) -> bool:
+        """Whether the memory is not learned: `core/attention.py` then does it all."""
+        return isinstance(self.memory, Cache)
+
+    @property
     def rates(self) -> tuple[str, ...]:
         """Names of the rates that this rule uses."""
+        if self.keeps_tokens:
+            return ()
         used = (self.bias.rates, self.retention.rates, self.algorithm.rates)
         return ("learn", *(name for names in used for name in names))
 
@@ -121,6 +140,8 @@ class Rule(Choice):
 
     def start(self, params: Params) -> State:
         """The state before the first token, in float32 (float64 if `params` are)."""
+        if self.keeps_tokens:
+            return attention.start(self.memory.window, params)
         dtype = state_dtype(*params.weights)
         dual = tuple(self.retention.dual(w.astype(dtype)) for w in params.weights)
         return self.open_chunk(dual, self.algorithm.start(dual))
@@ -257,6 +278,8 @@ class Rule(Choice):
     def step(self, params: Params, state: State, token: Tokens):
         """Write one token, then read its query: `(output [V], state)`."""
         self.check(token)
+        if self.keeps_tokens:
+            return attention.step(self.memory.window, state, token)
         dtype = state_dtype(*state.dual)
         token = jax.tree.map(lambda x: x.astype(dtype), token)
         queries, keys, values, rates, erase_keys = token

@@ -90,6 +90,12 @@ class Miras(Choice):
     rotary: float = 0.25
 
     def __post_init__(self):
+        if self.rule.keeps_tokens:
+            raise UserError(
+                f"{self.rule.memory} is softmax attention, whose layer is "
+                f"Attention(num_heads={self.num_heads}, "
+                f"window={self.rule.memory.window}); use that in place of Miras."
+            )
         if not 0 <= self.rotary <= 1:
             raise UserError(
                 f"Miras(rotary={self.rotary}) is the share of the channels of queries "

@@ -38,6 +38,8 @@ VARIANT_NAMES = (
     "delta_product",
     "rwkv7",
     "longhorn",
+    "softmax_attention",
+    "sliding_window_attention",
 )
 CHANNELS = {
     "dfw": ("keep", "keep_value"),
@@ -63,6 +65,8 @@ def small(rule):
         rule = replace(rule, memory=replace(rule.memory, expansion=2))
     if isinstance(rule.retention, retention.KL):
         rule = replace(rule, retention=replace(rule.retention, mass=4.0))
+    if rule.memory == memory.Cache(128):
+        rule = replace(rule, memory=memory.Cache(3))
     return replace(rule, chunk_size=min(rule.chunk_size, 4))
 
 
@@ -190,7 +194,7 @@ def all_cases():
 def dims(rule):
     """Key and value width; a residual needs them equal."""
     always = isinstance(rule.memory, (memory.MLP, memory.Vector))
-    same = always or rule.memory.residual
+    same = always or getattr(rule.memory, "residual", False)
     return (4, 4) if same else (4, 6)
 
 
@@ -225,7 +229,9 @@ def inputs(case, length=LENGTH, seed=0):
     has_momentum = isinstance(rule.algorithm, algorithm.Momentum)
     has_threshold = isinstance(rule.bias, bias.Huber)
     rates = miras.Rates(
-        learn=rate("learn", 0.1, 0.6, learn_dim, pairs) / steps,
+        learn=rate("learn", 0.1, 0.6, learn_dim, pairs) / steps
+        if "learn" in rule.rates
+        else None,
         keep=rate("keep", 0.7, 0.99, value_dim if by_value else key_dim)
         if has_gate
         else None,

@@ -325,6 +325,12 @@ def every_pair(tokens):
     )
 
 
+def attend(query, keys, values):
+    """Nadaraya-Watson: the mean of the values, weighted by exp(q^T k / sqrt(K))."""
+    weights = np.exp(keys @ query / np.sqrt(len(query)))
+    return weights @ values / np.sum(weights)
+
+
 def run(rule, params, tokens):
     """Return outputs [L, V] and the weights W_L = weights(A_L) after the last token."""
     steps = rule.algorithm.steps
@@ -337,6 +343,13 @@ def run(rule, params, tokens):
         outputs, weights = run(single, params, every_pair(tokens))
         return outputs[steps - 1 :: steps], weights
     queries, keys, values = (np.asarray(x, np.float64) for x in tokens[:3])
+    if type(rule.memory).__name__ == "Cache":
+        kept = slice(-(rule.memory.window or len(keys)), None)
+        outputs = [
+            attend(queries[t], keys[: t + 1][kept], values[: t + 1][kept])
+            for t in range(len(keys))
+        ]
+        return np.array(outputs), [keys[kept], values[kept]]
     erases = type(rule.algorithm).__name__ == "EraseWrite"
     matrices = [np.asarray(w, np.float64) for w in params.weights]
     every = range(len(matrices))

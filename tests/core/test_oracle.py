@@ -32,7 +32,8 @@ def configurations():
         if case.rule.readout == "exact":
             continue  # a row of the contract; here every row is read both ways
         yield case, 1, "linear"
-        if case.rule.algorithm.at == "previous" and not case.rule.algorithm.erases:
+        alone = case.rule.algorithm.erases or case.rule.keeps_tokens
+        if case.rule.algorithm.at == "previous" and not alone:
             yield case, 4, "linear"
             if isinstance(case.rule.retention, NONLINEAR):
                 yield case, 4, "exact"

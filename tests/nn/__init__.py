@@ -35,7 +35,11 @@ def miras(rule, **changes):
 FIXED = RateChoices(learn=Fixed((1.0, 1.0)), keep=Fixed((2**-5, 2**-6), "keep"))
 
 # The first variant of each rule: others differ in the rates' parametrisation alone.
-RULES = {variant(): variant.__name__ for variant in reversed(variants.ALL)}
+RULES = {
+    variant(): variant.__name__
+    for variant in reversed(variants.ALL)
+    if not variant().keeps_tokens
+}
 
 MIXERS = {
     **{name: (miras(rule),) for rule, name in RULES.items()},

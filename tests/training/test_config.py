@@ -34,7 +34,8 @@ def through_json(value):
     return from_json(json.loads(json.dumps(to_json(value))))
 
 
-MODELS = [Model(mixers=(Miras(make(), num_heads=2),), depth=2) for make in variants.ALL]
+RULES = [make() for make in variants.ALL if not make().keeps_tokens]
+MODELS = [Model(mixers=(Miras(rule, num_heads=2),), depth=2) for rule in RULES]
 OTHERS = [
     experiments.quickstart.experiment(),
     Model(mixers=(Miras(variants.yaad()), Attention(window=128))),
@@ -59,7 +60,7 @@ def test_round_trip(value):
 
 def test_every_rule_is_told_from_every_other():
     texts = [json.dumps(to_json(model)) for model in MODELS]
-    assert len(set(texts)) == len({make() for make in variants.ALL})
+    assert len(set(texts)) == len(set(RULES))
 
 
 def test_every_field_counts():

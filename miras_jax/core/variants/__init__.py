@@ -5,6 +5,10 @@ losses in `bias` (L2 carries the factor 1/2). Any part can be exchanged by
 `dataclasses.replace`.
 """
 
+from miras_jax.core.variants.attention import (
+    sliding_window_attention as sliding_window_attention,
+)
+from miras_jax.core.variants.attention import softmax_attention as softmax_attention
 from miras_jax.core.variants.deep import titans as titans
 from miras_jax.core.variants.deep import ttt_linear as ttt_linear
 from miras_jax.core.variants.deep import ttt_mlp as ttt_mlp
@@ -53,5 +57,7 @@ ALL = (
     delta_product,
     rwkv7,
     longhorn,
+    softmax_attention,
+    sliding_window_attention,
 )
 """Every named rule, in the order of the table that `miras variants` prints."""
