@@ -1,4 +1,4 @@
-"""The command line: miras train, generate, evaluate, variants.
+"""The command line: miras train, generate, evaluate, inspect, variants.
 
 Nothing slow is imported before a command runs, so that help is instant. Mistakes of the
 user are one line on standard error and exit status 2; a diverged training exits with 3.
@@ -112,6 +112,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--windows", type=int, metavar="N", help="only so many, evenly spread (all)"
     )
+    inspect = command(
+        "inspect", _inspect, "Show what the memories of a run make of a text."
+    )
+    inspect.add_argument("workdir", metavar="WORKDIR", help="folder of the run")
+    inspect.add_argument("--text", required=True, metavar="FILE", help="text to read")
+    inspect.add_argument(
+        "--length",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="most tokens to read (%(default)s)",
+    )
+    inspect.add_argument(
+        "--output", metavar="DIR", help="folder of page and pictures (WORKDIR/inspect)"
+    )
     command("variants", _variants, "List the published models and their choices.")
     return parser
 
@@ -204,6 +219,39 @@ def _evaluate(arguments, argv: Sequence[str]) -> int:
         raise UserError(f"--windows is {arguments.windows}; evaluate at least 1")
     run = Run.open(arguments.workdir)
     print(report.evaluation(run, run.restore("best"), arguments.windows))
+    return 0
+
+
+def _inspect(arguments, argv: Sequence[str]) -> int:
+    from miras_jax.evaluation import inspect, inspect_page, inspect_plots
+    from miras_jax.generate import local
+    from miras_jax.training.run import Run
+
+    _prepare()
+    text = inspect.text_of(arguments.text)
+    run = Run.open(arguments.workdir)
+    restored = run.restore("best")
+    reading = inspect.read(
+        run.model,
+        local(restored.state.parameters),
+        run.tokenizer,
+        text,
+        arguments.length,
+    )
+    name = Path(arguments.text).name
+    tokens = f"{len(reading.pieces):,}"
+    part = f"the first {tokens} tokens" if reading.left else f"all {tokens} tokens"
+    source = f"{run.workdir}, step {restored.step:,}, reading {part} of {name}."
+    folder = Path(arguments.output or run.workdir / "inspect")
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = Path(arguments.text).stem
+    page = folder / f"{stem}.html"
+    page.write_text(inspect_page.page(reading, name, source), encoding="utf-8")
+    print(f"page   {page}")
+    print(f"text   {inspect_plots.plot_text(reading, folder / f'{stem}_text.png')}")
+    print(f"curves {inspect_plots.plot_curves(reading, folder / f'{stem}_curves.png')}")
+    if reading.left:
+        print(f"{reading.left:,} tokens were left out; --length N reads more")
     return 0
 
 

@@ -247,6 +247,17 @@ def test_evaluate_can_read_a_part(trained):
     assert "on 3 of 18 held-out windows" in out and out.count("estimated") == 2
 
 
+def test_inspect_writes_a_page_and_two_pictures(trained, folder):
+    argv = ["inspect", trained[0], "--text", folder / "heldout.txt", "--length", 40]
+    status, out, err = command(*argv)
+    assert (status, err) == (0, "") and "tokens were left out" in out
+    files = [line.split()[1] for line in out.splitlines()[:3]]
+    names = [os.path.relpath(file, trained[0]) for file in files]
+    ends = (".html", "_text.png", "_curves.png")
+    assert names == [f"inspect/heldout{end}" for end in ends]
+    assert all(os.path.getsize(file) for file in files)
+
+
 def test_variants_lists_every_named_rule():
     status, out, _ = command("variants")
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
@@ -285,9 +296,18 @@ def refused(*argv):
         (["generate", "{run}", "\udcff"], "the prompt is not valid text"),
         (["evaluate", "{folder}"], "holds no run (no config.json)"),
         (["evaluate", "{run}", "--windows", "0"], "--windows is 0"),
+        (["inspect", "{run}"], "required: --text"),
+        (["inspect", "{folder}", "--text", "{folder}/train.txt"], "holds no run"),
+        (["inspect", "{run}", "--text", "{folder}/none.txt"], "none.txt is no file;"),
+        (["inspect", "{run}", "--text", "{run}/empty.txt"], "empty.txt holds no text"),
+        (
+            ["inspect", "{run}", "--text", "{folder}/train.txt", "--length", "0"],
+            "limit is 0; read at least 1 token",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(trained, folder, argv, message):
+    (trained[0] / "empty.txt").touch()
     argv = [part.format(folder=folder, run=trained[0]) for part in argv]
     error = refused(*argv)
     assert error.startswith("miras: ") and message in error
@@ -356,7 +376,7 @@ def test_help_imports_nothing_slow():
     code = """
 import sys
 from miras_jax.cli import main
-for command in ([], ["train"], ["generate"], ["evaluate"], ["variants"]):
+for command in ([], ["train"], ["generate"], ["evaluate"], ["inspect"], ["variants"]):
     try:
         main([*command, "--help"])
     except SystemExit as end:
@@ -367,7 +387,7 @@ sys.exit(str(sorted(slow & set(sys.modules))) if slow & set(sys.modules) else 0)
     process = subprocess_of(code)
     out, err = process.communicate()
     assert (err, process.returncode) == ("", 0)
-    assert out.count("usage: miras") == 5 and "--top-p" in out
+    assert out.count("usage: miras") == 6 and "--top-p" in out
 
 
 @pytest.mark.parametrize(

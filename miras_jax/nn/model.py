@@ -140,10 +140,14 @@ class LanguageModel(nnx.Module):
 
         return jax.vmap(start)(params)
 
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """What the blocks read: token ids `[B, L]` -> `[B, L, D]`."""
+        x = self.embedding[...][tokens] * self.config.width**0.5
+        return x.astype(self.config.compute_dtype)
+
     def __call__(self, tokens: jax.Array, cache: Any = None) -> tuple[jax.Array, Any]:
         """Logits and the cache after these tokens (None if none was given)."""
-        x = self.embedding[...][tokens] * self.config.width**0.5
-        x = x.astype(self.config.compute_dtype)
+        x = self.embed(tokens)
         graph, params = nnx.split(self.groups)
 
         def read_group(x, inputs):
