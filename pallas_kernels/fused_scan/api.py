@@ -1,14 +1,42 @@
 """The public function and the choice of its implementation."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
 
-from pallas_kernels.fused_scan import reference
+import jax
 
-Implementation = Literal["reference"]
+from pallas_kernels.fused_scan import autodiff, reference
 
-IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference.fused_scan}
-"""In order of preference, best first."""
+Implementation = Literal["reference", "tpu", "gpu"]
+
+KERNELS: dict[str, str] = {"tpu": "tpu"}
+"""Kernel implementations: their module here, by the platform that they run on."""
+
+
+class _Target(NamedTuple):
+    platform: str
+    interpret: Any
+
+
+_TARGET: ContextVar[_Target | None] = ContextVar("target", default=None)
+
+
+@contextmanager
+def target(platform: str, *, interpret: Any = False) -> Iterator[None]:
+    """Trace for a platform that is not the default backend.
+
+    For compiling ahead of time, or, with `interpret` (what `pl.pallas_call` takes under
+    that name), for running the platform's kernel without the chip. Functions that were
+    jitted before are not traced again.
+    """
+    token = _TARGET.set(_Target(platform, interpret))
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
 
 
 def fused_scan(
@@ -22,16 +50,37 @@ def fused_scan(
     """Scan the pure function `step(carry, x, consts) -> (carry, y)` over chunks.
 
     xs: pytree of arrays `[chunks, ...]`; consts: pytree that every step sees. Returns
-    the last carry and the stacked `y`. Differentiable in carry, xs and consts.
+    the last carry and the stacked `y`. Differentiable in carry, xs and consts;
+    `jax.vmap` merges its axes into the grid of the kernel.
 
-    implementation: a name of IMPLEMENTATIONS, or None for the best available.
-    ValueError for an unknown name.
+    implementation: "reference" (`lax.scan`), "tpu" or "gpu" (one Pallas kernel each for
+    the forward and the backward pass); None takes the kernel of the default backend, or
+    of the `target` being compiled for, and the reference where there is none.
+    ValueError for a name that is unknown or that this backend cannot run.
     """
+    found = _TARGET.get() or _Target(jax.default_backend(), False)
     if implementation is None:
-        implementation = next(iter(IMPLEMENTATIONS))
-    if implementation not in IMPLEMENTATIONS:
+        implementation = found.platform if found.platform in KERNELS else "reference"
+    if implementation == "reference":
+        return reference.fused_scan(step, carry, xs, consts)
+    if implementation not in KERNELS:
         raise ValueError(
             f"fused_scan has no implementation {implementation!r}; there are "
-            f"{', '.join(IMPLEMENTATIONS)}, or None for the best available."
+            f"reference, {', '.join(KERNELS)}, or None for the best available."
         )
-    return IMPLEMENTATIONS[implementation](step, carry, xs, consts)
+    if implementation != found.platform:
+        raise ValueError(
+            f"fused_scan(implementation={implementation!r}) needs a "
+            f"{implementation.upper()} and the backend is {found.platform}; leave it "
+            "None, or wrap the trace in fused_scan.target to compile for another chip."
+        )
+    module = import_module(f"pallas_kernels.fused_scan.{KERNELS[implementation]}")
+    return autodiff.fused_scan(
+        module, step, carry, xs, consts, interpret=found.interpret
+    )
+
+
+def has_kernel() -> bool:
+    """Whether `implementation=None` means a kernel, here and now."""
+    found = _TARGET.get()
+    return (found.platform if found else jax.default_backend()) in KERNELS

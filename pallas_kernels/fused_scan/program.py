@@ -1,0 +1,141 @@
+"""A step, traced into what a kernel can run: flat jaxprs that capture no arrays.
+
+Three functions of flat lists of arrays follow from one `step(carry, x, consts)`:
+
+    step       (carry, x, consts) -> (carry, y)
+    advance    (carry, x, consts) -> carry
+    pull_back  (carry, x, consts, d_carry, d_y) -> (d_carry, d_x, d_consts)
+
+with cotangents for the leaves of a floating dtype only. The arrays that a step brings
+along (masks, triangular matrices) may not be captured by a kernel, so they become its
+first operands, `constants`. Calls inside are inlined.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+Struct = jax.ShapeDtypeStruct
+
+CALLS = {
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+"""Primitives that only call a jaxpr, and the name of the parameter that holds it."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A jaxpr of flat lists of arrays, to be given its constants first."""
+
+    jaxpr: Any
+    constants: tuple[jax.Array, ...]
+
+    def __call__(self, constants: Sequence, *operands: jax.Array) -> list[jax.Array]:
+        return jax.core.eval_jaxpr(self.jaxpr, constants, *operands)
+
+
+@dataclass(frozen=True)
+class Program:
+    """All that a backend needs to know of a step; shapes are of one element."""
+
+    carry: tuple[Struct, ...]
+    x: tuple[Struct, ...]
+    consts: tuple[Struct, ...]
+    y: tuple[Struct, ...]
+    step: Function
+    advance: Function
+    pull_back: Function
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether an array or shape has cotangents."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def floats(leaves: Sequence) -> list:
+    """Those that have cotangents."""
+    return [leaf for leaf in leaves if is_float(leaf)]
+
+
+def trace(
+    step: Callable[..., list],
+    carry: Sequence[Struct],
+    x: Sequence[Struct],
+    consts: Sequence[Struct],
+) -> Program:
+    """The program of `step(*carry, *x, *consts) -> [*carry, *y]`."""
+    operands = (*carry, *x, *consts)
+    outputs = jax.eval_shape(step, *operands)
+
+    def pull_back(*given):
+        given, cotangents = given[: len(operands)], given[len(operands) :]
+
+        def of_floats(*values):
+            values = iter(values)
+            full = [next(values) if is_float(leaf) else leaf for leaf in given]
+            return floats(step(*full))
+
+        _, pull = jax.vjp(of_floats, *floats(given))
+        return pull(list(cotangents))
+
+    whole = _trace(step, *operands)
+    return Program(
+        carry=tuple(carry),
+        x=tuple(x),
+        consts=tuple(consts),
+        y=tuple(outputs[len(carry) :]),
+        step=whole,
+        advance=_keep(whole, [i < len(carry) for i in range(len(outputs))]),
+        pull_back=_trace(pull_back, *operands, *floats(outputs)),
+    )
+
+
+def _trace(function: Callable, *operands: Struct) -> Function:
+    closed = jax.make_jaxpr(function)(*operands)
+    inlined = jax.make_jaxpr(lambda *xs: _inline(closed.jaxpr, closed.consts, xs))
+    closed = inlined(*operands)
+    everything = Function(closed.jaxpr, tuple(closed.consts))
+    return _keep(everything, [True] * len(closed.jaxpr.outvars))
+
+
+def _keep(function: Function, outputs: Sequence[bool]) -> Function:
+    """The same with some of the outputs only, and nothing computed in vain."""
+    jaxpr, used, _ = partial_eval.dce_jaxpr_consts(function.jaxpr, outputs, True)
+    constants = zip(function.constants, used, strict=True)
+    return Function(jaxpr, tuple(c for c, use in constants if use))
+
+
+def _inline(jaxpr, constants, operands):
+    """Evaluate a jaxpr, and those that it calls as if they were written in it."""
+    values = dict(zip(jaxpr.constvars, constants, strict=True))
+    values |= zip(jaxpr.invars, operands, strict=True)
+
+    def read(atom):
+        return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        name = equation.primitive.name
+        if name in CALLS:
+            called = equation.params[CALLS[name]]
+            closed = isinstance(called, core.ClosedJaxpr)
+            results = _inline(
+                called.jaxpr if closed else called,
+                called.consts if closed else (),
+                inputs,
+            )
+        else:
+            results = equation.primitive.bind(*inputs, **equation.params)
+            results = results if equation.primitive.multiple_results else [results]
+        values |= zip(equation.outvars, results, strict=True)
+    return [read(atom) for atom in jaxpr.outvars]

@@ -1,0 +1,307 @@
+"""`fused_scan` on TPU (Mosaic): the interface that `autodiff` describes.
+
+The grid is (elements / group, stretches of chunks), the stretches in sequence. What is
+carried lives in the block of the output that will hold it at the end: as that block
+stays the same from one stretch to the next, it stays in VMEM. Several elements go
+through one grid step, written out one after the other, so that the compiler can fill
+the waits of one with the work of another.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import gcd
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.fused_scan.autodiff import Operand
+from pallas_kernels.fused_scan.program import Program, Struct, floats
+
+GROUP = 4
+"""Elements per grid step, where their number allows it."""
+
+VMEM_BYTES = 64 * 2**20
+"""What a kernel may use of VMEM; no chip since v5e has less."""
+
+PARAMS = pltpu.CompilerParams(
+    dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+)
+
+
+def forward(program: Program, size, carry, xs, consts, *, every, interpret):
+    """See `autodiff`."""
+    chunks = xs[0].array.shape[1]
+    group = _group(size, [*carry, *xs, *consts])
+
+    def kernel(constants, starts, x, held, ends, ys, saved):
+        chunk = pl.program_id(1)
+
+        @pl.when(chunk == 0)
+        def _():
+            for g in range(group):
+                _store(ends, g, _load(starts, program.carry, g))
+
+        if every:
+
+            @pl.when(chunk % every == 0)
+            def _():
+                for g in range(group):
+                    _store(saved, g, _load(ends, program.carry, g))
+
+        shared = _load_constants(constants, program.step)
+        for g in range(group):
+            given = (
+                *_load(ends, program.carry, g),
+                *_load(x, program.x, g, 0),
+                *_load(held, program.consts, g),
+            )
+            after, y = _split(program.step(shared, *given), len(ends))
+            _store(ends, g, after)
+            _store(ys, g, y, 0)
+
+    operands = [
+        _constants(program.step),
+        [_input(o, size, group) for o in carry],
+        [_input(o, size, group, (1, lambda i: i)) for o in xs],
+        [_input(o, size, group) for o in consts],
+    ]
+    stretches = pl.cdiv(chunks, every) if every else 0
+    results = [
+        [_output(leaf, size, group) for leaf in program.carry],
+        [_output(leaf, size, group, (chunks, 1, lambda i: i)) for leaf in program.y],
+        [
+            _output(leaf, size, group, (stretches, None, lambda i: i // every))
+            for leaf in (program.carry if every else ())
+        ],
+    ]
+    grid = (size // group, chunks)
+    ends, ys, saved = _call(kernel, grid, operands, results, interpret)
+    return (
+        _shaped(ends, program.carry, size),
+        _shaped(ys, program.y, size, chunks),
+        _shaped(saved, program.carry if every else (), size, stretches),
+    )
+
+
+def backward(
+    program: Program, size, saved, xs, consts, d_carry, d_ys, *, every, interpret
+):
+    """See `autodiff`."""
+    chunks = xs[0].array.shape[1]
+    stretches = pl.cdiv(chunks, every)
+    group = _group(size, [*xs, *consts])
+    d_carries, d_xs, d_consts = map(floats, (program.carry, program.x, program.consts))
+    d_y = floats(program.y)
+
+    def kernel(
+        constants, saved, x, held, d_ends, d_ys, d_starts, d_x, d_held, *carries
+    ):
+        stretch = stretches - 1 - pl.program_id(1)
+        advance, pull_back = constants
+
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            for g in range(group):
+                _store(d_starts, g, _load(d_ends, d_carries, g))
+            for ref in d_held:
+                ref[...] = jnp.zeros_like(ref)
+
+        def forward_again(i, _):
+            shared = _load_constants(advance, program.advance)
+            for g in range(group):
+                given = (
+                    *_load(carries, program.carry, g, i),
+                    *_load(x, program.x, g, i),
+                    *_load(held, program.consts, g),
+                )
+                _store(carries, g, program.advance(shared, *given), i + 1)
+
+        def back(i):
+            shared = _load_constants(pull_back, program.pull_back)
+            for g in range(group):
+                carry = (
+                    _load(carries, program.carry, g, i)
+                    if every > 1
+                    else _load(saved, program.carry, g)
+                )
+                given = (
+                    *carry,
+                    *_load(x, program.x, g, i),
+                    *_load(held, program.consts, g),
+                    *_load(d_starts, d_carries, g),
+                    *_load(d_ys, d_y, g, i),
+                )
+                parts = _split(
+                    program.pull_back(shared, *given), len(d_starts), len(d_x)
+                )
+                _store(d_starts, g, parts[0])
+                _store(d_x, g, parts[1], i)
+                for ref, part in zip(d_held, parts[2], strict=True):
+                    ref[g] += part.reshape(ref.shape[1:]).astype(ref.dtype)
+
+        if every == 1:
+            back(0)
+        else:
+            count = jnp.minimum(every, chunks - stretch * every)
+            for g in range(group):
+                _store(carries, g, _load(saved, program.carry, g), 0)
+            jax.lax.fori_loop(0, count - 1, forward_again, None)
+            jax.lax.fori_loop(0, count, lambda i, _: back(count - 1 - i), None)
+
+    def reverse(i):
+        return stretches - 1 - i
+
+    operands = [
+        [
+            _constants(program.advance) if every > 1 else [],
+            _constants(program.pull_back),
+        ],
+        [_input(Operand(s, 1), size, group, (None, reverse)) for s in saved],
+        [_input(o, size, group, (every, reverse)) for o in xs],
+        [_input(o, size, group) for o in consts],
+        [_input(Operand(d, 1), size, group) for d in d_carry],
+        [_input(Operand(d, 1), size, group, (every, reverse)) for d in d_ys],
+    ]
+    results = [
+        [_output(leaf, size, group) for leaf in d_carries],
+        [_output(leaf, size, group, (chunks, every, reverse)) for leaf in d_xs],
+        [_output(_accumulator(leaf), size, group) for leaf in d_consts],
+    ]
+    scratch = [
+        pltpu.VMEM((group, every, *_tile(leaf.shape)), _stored(leaf.dtype))
+        for leaf in (program.carry if every > 1 else ())
+    ]
+    grid = (size // group, stretches)
+    d_carry, d_x, d_held = _call(kernel, grid, operands, results, interpret, scratch)
+    return (
+        _shaped(d_carry, d_carries, size),
+        _shaped(d_x, d_xs, size, chunks),
+        _shaped(d_held, d_consts, size),
+    )
+
+
+def _group(size: int, operands: Sequence[Operand]) -> int:
+    """Elements per grid step, all of which find their rows in one block."""
+    group = gcd(size, GROUP)
+    for operand in operands:
+        group = gcd(group, operand.rows if operand.repeat == 1 else operand.repeat)
+    return group
+
+
+# Arrays as Mosaic takes them: two axes at the end that a block holds whole, no bools.
+
+
+def _tile(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (1,) * (2 - len(shape)) + tuple(shape)
+
+
+def _stored(dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.int32) if dtype == jnp.bool_ else jnp.dtype(dtype)
+
+
+def _accumulator(leaf: Struct) -> Struct:
+    return Struct(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _input(operand: Operand, size: int, group: int, along=None):
+    """Array and block of an operand; along: chunks per block and which block."""
+    array, repeat = operand
+    lead = array.shape[: 1 if along is None else 2]
+    tail = _tile(array.shape[len(lead) :])
+    array = array.reshape(*lead, *tail).astype(_stored(array.dtype))
+    block = group if repeat == 1 else 1
+
+    def index(n, i):
+        row = n * group // repeat % lead[0] // block
+        return (row, *(() if along is None else (along[1](i),)), *(0 for _ in tail))
+
+    chunk = () if along is None else (along[0],)
+    return array, pl.BlockSpec((block, *chunk, *tail), index)
+
+
+def _output(leaf: Struct, size: int, group: int, along=None):
+    """Shape and block of a result; along: chunks, chunks per block, which block."""
+    tail = _tile(leaf.shape)
+    chunks, per_block, which = along or (None, None, None)
+    lead = (size,) if along is None else (size, chunks)
+    chunk = () if along is None else (per_block,)
+
+    def index(n, i):
+        return (n, *(() if along is None else (which(i),)), *(0 for _ in tail))
+
+    struct = Struct((*lead, *tail), _stored(leaf.dtype))
+    return struct, pl.BlockSpec((group, *chunk, *tail), index)
+
+
+def _constants(function):
+    """Arrays and blocks of what a traced function brings along."""
+    inputs = []
+    for constant in map(jnp.asarray, function.constants):
+        tail = _tile(constant.shape)
+        spec = pl.BlockSpec(tail, lambda n, i, tail=tail: (0,) * len(tail))
+        inputs.append((constant.reshape(tail).astype(_stored(constant.dtype)), spec))
+    return inputs
+
+
+def _call(kernel, grid, operands, results, interpret, scratch=()):
+    is_pair = lambda x: isinstance(x, tuple)  # noqa: E731
+    first, second = (
+        partial(jax.tree.map, lambda pair, i=i: pair[i], is_leaf=is_pair)
+        for i in (0, 1)
+    )
+    call = pl.pallas_call(
+        kernel,
+        out_shape=first(results),
+        grid=grid,
+        in_specs=second(operands),
+        out_specs=second(results),
+        scratch_shapes=list(scratch),
+        compiler_params=PARAMS,
+        interpret=interpret,
+        name="fused_scan",
+    )
+    return call(*first(operands))
+
+
+def _shaped(arrays, leaves, *lead):
+    return [
+        array.reshape(*lead, *leaf.shape).astype(leaf.dtype)
+        for array, leaf in zip(arrays, leaves, strict=True)
+    ]
+
+
+# Inside the kernel.
+
+
+def _value(stored: jax.Array, leaf) -> jax.Array:
+    value = stored.reshape(leaf.shape)
+    return value != 0 if leaf.dtype == jnp.bool_ else value
+
+
+def _load(refs, leaves, element: int, *index):
+    """The leaves of one element (the only row where all share it), at a chunk."""
+    return [
+        _value(ref[(element if ref.shape[0] > 1 else 0, *index)], leaf)
+        for ref, leaf in zip(refs, leaves, strict=True)
+    ]
+
+
+def _load_constants(refs, function):
+    pairs = zip(refs, function.constants, strict=True)
+    return [_value(ref[...], constant) for ref, constant in pairs]
+
+
+def _store(refs, element: int, values, *index):
+    for ref, value in zip(refs, values, strict=True):
+        at = (element, *index)
+        ref[at] = value.reshape(ref.shape[len(at) :]).astype(ref.dtype)
+
+
+def _split(values: Sequence, *sizes: int) -> list[list]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(list(values[start : start + size]))
+        start += size
+    return [*parts, list(values[start:])]
