@@ -12,9 +12,9 @@ from miras_jax.core.block import block, parallel_tokens
 from miras_jax.core.rule import Rule
 from miras_jax.core.types import Params, State, Tokens
 from miras_jax.errors import UserError
-from pallas_kernels.fused_scan import fused_scan
+from pallas_kernels.fused_scan import Unsupported, fused_scan, platform
 
-Implementation = Literal["definition", "xla"]
+Implementation = Literal["definition", "xla", "pallas"]
 
 LINEAR_TILE = 32
 """Tokens per block of the exact linear rules; changes the speed, never the result."""
@@ -49,10 +49,11 @@ def run(
     """Read L tokens from `state` on: `(outputs [L, V], state)`.
 
     implementation: "definition" goes token by token, literally as in `Rule.step`; "xla"
-    goes chunk by chunk in matrix products; None takes the best available. They compute
-    the same function, of any length and from any position inside a chunk, so that a
-    sequence may be cut into calls anywhere. Rematerialises one block at a time in the
-    backward pass: memory grows by one state per block.
+    goes chunk by chunk in matrix products; "pallas" does the same in one kernel for all
+    chunks, on TPU and GPU; None takes the best available. They compute the same
+    function, of any length and from any position inside a chunk, so that a sequence may
+    be cut into calls anywhere. Rematerialises one block at a time in the backward pass:
+    memory grows by at most one state per block.
     """
     if len(tokens.keys) == 0:
         raise UserError("run needs at least one token; got none.")
@@ -70,14 +71,33 @@ def run(
     match implementation:
         case "definition":
             outputs, state = _run_definition(rule, params, state, tokens)
-        case None | "xla":
-            outputs, state = _run_blocks(rule, params, state, tokens)
+        case None | "xla" | "pallas":
+            scan = partial(fused_scan, implementation=_scan(implementation))
+            try:
+                outputs, state = _run_blocks(scan, rule, params, state, tokens)
+            except Unsupported as error:
+                raise UserError(
+                    f"implementation='pallas' cannot run {rule}: {error}. Use None "
+                    "(the best available) or 'xla'."
+                ) from error
         case _:
             raise UserError(
                 f"implementation={implementation!r} is unknown: use None (the best "
-                "available), 'definition' or 'xla'."
+                "available), 'definition', 'xla' or 'pallas'."
             )
     return outputs.astype(tokens.queries.dtype), state
+
+
+def _scan(implementation: Implementation | None) -> str | None:
+    """The same choice in terms of `fused_scan`."""
+    if implementation != "pallas":
+        return None if implementation is None else "reference"
+    if platform() is None:
+        raise UserError(
+            "implementation='pallas' needs a TPU or a GPU, and JAX runs on "
+            f"{jax.default_backend()}: use None (the best available) or 'xla'."
+        )
+    return platform()
 
 
 def _run_definition(rule, params, state, tokens):
@@ -96,14 +116,14 @@ def _run_definition(rule, params, state, tokens):
     return outputs, state
 
 
-def _run_blocks(rule, params, state, tokens):
+def _run_blocks(scan, rule, params, state, tokens):
     if rule.keeps_tokens:
         return attention.run(rule.memory.window, state, tokens)
     length = len(tokens.keys)
     size = parallel_tokens(rule, tokens.rates, LINEAR_TILE)
     position = state.position if rule.has_anchor else 0
     if not isinstance(position, int):
-        return _run_from_traced_position(rule, params, state, tokens)
+        return _run_from_traced_position(scan, rule, params, state, tokens)
 
     # Blocks end where chunks end: first what is left of an open chunk, then whole
     # chunks, then the part of a chunk that stays open.
@@ -120,7 +140,7 @@ def _run_blocks(rule, params, state, tokens):
         blocks = jax.tree.map(
             lambda x: x.reshape(whole, size, *x.shape[1:]), _take(tokens, head, middle)
         )
-        output, state = _scan_blocks(rule, params, state, blocks)
+        output, state = _scan_blocks(scan, rule, params, state, blocks)
         outputs.append(output)
     if middle < length:
         part = _take(tokens, middle, length)
@@ -129,7 +149,7 @@ def _run_blocks(rule, params, state, tokens):
     return jnp.concatenate(outputs), state
 
 
-def _scan_blocks(rule, params, state, blocks):
+def _scan_blocks(scan, rule, params, state, blocks):
     """Whole chunks, from a chunk's start: the carry is only dual and momentum."""
 
     def step(carry, tokens, params):
@@ -139,11 +159,11 @@ def _scan_blocks(rule, params, state, blocks):
         return (state.dual, state.momentum), outputs
 
     carry = (state.dual, state.momentum)
-    carry, outputs = fused_scan(step, carry, blocks, params)
+    carry, outputs = scan(step, carry, blocks, params)
     return outputs.reshape(-1, outputs.shape[-1]), rule.open_chunk(*carry)
 
 
-def _run_from_traced_position(rule, params, state, tokens):
+def _run_from_traced_position(scan, rule, params, state, tokens):
     """As above where the position inside the chunk is known only at run time.
 
     The tokens are shifted right by the position, so that blocks are chunks again, and
@@ -175,7 +195,7 @@ def _run_from_traced_position(rule, params, state, tokens):
 
     xs = jax.tree.map(lambda x: x.reshape(blocks, size, *x.shape[1:]), (moved, written))
     state = state._replace(position=0)
-    state, outputs = fused_scan(step, state, (*xs, ends), params)
+    state, outputs = scan(step, state, (*xs, ends), params)
     outputs = jnp.roll(outputs.reshape(blocks * size, -1), -position, axis=0)[:length]
     return outputs, state._replace(position=(position + length) % size)
 

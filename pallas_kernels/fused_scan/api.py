@@ -59,7 +59,8 @@ def fused_scan(
     ValueError for a name that is unknown or that this backend cannot run.
     """
     found = _TARGET.get() or _Target(jax.default_backend(), False)
-    if implementation is None:
+    is_free = implementation is None
+    if is_free:
         implementation = found.platform if found.platform in KERNELS else "reference"
     if implementation == "reference":
         return reference.fused_scan(step, carry, xs, consts)
@@ -75,12 +76,18 @@ def fused_scan(
             "None, or wrap the trace in fused_scan.target to compile for another chip."
         )
     module = import_module(f"pallas_kernels.fused_scan.{KERNELS[implementation]}")
-    return autodiff.fused_scan(
-        module, step, carry, xs, consts, interpret=found.interpret
-    )
+    try:
+        return autodiff.fused_scan(
+            module, step, carry, xs, consts, interpret=found.interpret
+        )
+    except autodiff.Unsupported:
+        if not is_free:
+            raise
+        return reference.fused_scan(step, carry, xs, consts)
 
 
-def has_kernel() -> bool:
-    """Whether `implementation=None` means a kernel, here and now."""
+def platform() -> str | None:
+    """What kernel `implementation=None` means here and now, if any."""
     found = _TARGET.get()
-    return (found.platform if found else jax.default_backend()) in KERNELS
+    name = found.platform if found else jax.default_backend()
+    return name if name in KERNELS else None

@@ -1,8 +1,9 @@
 """What every kernel of `fused_scan` shares: batching, residuals, derivatives.
 
-A backend is a module with two functions, and knows nothing of pytrees, of vmap or of
-how derivatives are taken. Both take a `program.Program` and flat lists of operands in
-its order, for `size` independent elements (the merged vmapped axes):
+A backend is a module with three functions, and knows nothing of pytrees, of vmap or of
+how derivatives are taken. `objection(program) -> str | None` tells what of a program it
+cannot run, None: nothing. The others take a `program.Program` and flat lists of
+operands in its order, for `size` independent elements (the merged vmapped axes):
 
     forward(program, size, carry, xs, consts, *, every, interpret)
         -> (carry, ys, saved)
@@ -39,10 +40,14 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels.fused_scan import program as programs
-from pallas_kernels.fused_scan.program import Program, floats, is_float
+from pallas_kernels.fused_scan.program import Program, is_float
 
 SAVED_BYTES = 2**22
 """What the saved carries of one element may take; 64 elements then take 256 MiB."""
+
+
+class Unsupported(ValueError):
+    """A step that a backend's kernels cannot run; the message says why."""
 
 
 class Operand(NamedTuple):
@@ -60,6 +65,8 @@ class Operand(NamedTuple):
 class Backend(Protocol):
     """A module that runs a program on some kind of chip; see above."""
 
+    def objection(self, program: Program) -> str | None: ...
+
     def forward(self, program, size, carry, xs, consts, *, every, interpret): ...
 
     def backward(
@@ -70,7 +77,7 @@ class Backend(Protocol):
 def fused_scan(
     backend: Backend, step, carry, xs, consts, *, interpret: Any = False
 ) -> tuple[Any, Any]:
-    """`api.fused_scan` by the kernels of a backend."""
+    """`api.fused_scan` by the kernels of a backend; Unsupported if they cannot."""
     leaves, structures = zip(*map(jax.tree.flatten, (carry, xs, consts)), strict=True)
     carry, xs, consts = ([jnp.asarray(x) for x in part] for part in leaves)
     structure = None
@@ -99,6 +106,8 @@ def fused_scan(
     program = programs.trace(
         pure_step, list(map(_struct, carry)), x_shapes, list(map(_struct, consts))
     )
+    if objection := backend.objection(program):
+        raise Unsupported(objection)
     after, ys = _differentiable(backend, program, interpret)(carry, xs, consts)
     return jax.tree.unflatten(structures[0], after), jax.tree.unflatten(structure, ys)
 

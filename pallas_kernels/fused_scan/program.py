@@ -56,6 +56,27 @@ class Program:
     advance: Function
     pull_back: Function
 
+    @property
+    def primitives(self) -> frozenset[str]:
+        """Names of all operations that its functions are made of."""
+        functions = (self.step, self.advance, self.pull_back)
+        return frozenset().union(*(_primitives(f.jaxpr) for f in functions))
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        """Names of the dtypes of its operands and results."""
+        leaves = (*self.carry, *self.x, *self.consts, *self.y)
+        return frozenset(leaf.dtype.name for leaf in leaves)
+
+
+def _primitives(jaxpr) -> set[str]:
+    names = set()
+    for equation in jaxpr.eqns:
+        names.add(equation.primitive.name)
+        for inner in core.jaxprs_in_params(equation.params):
+            names |= _primitives(inner)
+    return names
+
 
 def is_float(leaf: Any) -> bool:
     """Whether an array or shape has cotangents."""

@@ -7,7 +7,7 @@ through one grid step, written out one after the other, so that the compiler can
 the waits of one with the work of another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import gcd
 
@@ -30,6 +30,28 @@ PARAMS = pltpu.CompilerParams(
 )
 
 
+PRIMITIVES = frozenset(
+    "abs add add_any and broadcast_in_dim convert_element_type copy div dot_general eq "
+    "exp exp2 ge gt integer_pow iota is_finite le log log1p logistic lt max min mul ne "
+    "neg not or pow reduce_max reduce_min reduce_sum reshape rsqrt select_n sign "
+    "square sqrt squeeze stop_gradient sub tanh transpose".split()
+)
+"""Operations of a step that Mosaic compiles."""
+
+DTYPES = frozenset(("float32", "bfloat16", "int32", "bool"))
+
+
+def objection(program: Program) -> str | None:
+    """See `autodiff`."""
+    if unknown := program.primitives - PRIMITIVES:
+        return (
+            f"the TPU kernel has no {', '.join(sorted(unknown))}, which the step uses"
+        )
+    if unknown := program.dtypes - DTYPES:
+        return f"the TPU kernel takes no {', '.join(sorted(unknown))}"
+    return None
+
+
 def forward(program: Program, size, carry, xs, consts, *, every, interpret):
     """See `autodiff`."""
     chunks = xs[0].array.shape[1]
@@ -45,7 +67,7 @@ def forward(program: Program, size, carry, xs, consts, *, every, interpret):
 
         if every:
 
-            @pl.when(chunk % every == 0)
+            @pl.when(jax.lax.rem(chunk, every) == 0)
             def _():
                 for g in range(group):
                     _store(saved, g, _load(ends, program.carry, g))
@@ -67,12 +89,19 @@ def forward(program: Program, size, carry, xs, consts, *, every, interpret):
         [_input(o, size, group, (1, lambda i: i)) for o in xs],
         [_input(o, size, group) for o in consts],
     ]
+    kept = program.carry if every else ()
     stretches = pl.cdiv(chunks, every) if every else 0
+
+    def stretch(i):
+        return jax.lax.div(i, every)
+
     results = [
         [_output(leaf, size, group) for leaf in program.carry],
         [_output(leaf, size, group, (chunks, 1, lambda i: i)) for leaf in program.y],
         [
-            _output(leaf, size, group, (stretches, None, lambda i: i // every))
+            _output(
+                leaf, size, group, (stretches, None, lambda i: jax.lax.div(i, every))
+            )
             for leaf in (program.carry if every else ())
         ],
     ]
@@ -81,7 +110,7 @@ def forward(program: Program, size, carry, xs, consts, *, every, interpret):
     return (
         _shaped(ends, program.carry, size),
         _shaped(ys, program.y, size, chunks),
-        _shaped(saved, program.carry if every else (), size, stretches),
+        _shaped(saved, kept, size, stretches),
     )
 
 
@@ -214,7 +243,9 @@ def _input(operand: Operand, size: int, group: int, along=None):
     block = group if repeat == 1 else 1
 
     def index(n, i):
-        row = n * group // repeat % lead[0] // block
+        # Floor division of integers that are not negative.
+        row = jax.lax.rem(jax.lax.div(n * group, repeat), lead[0])
+        row = jax.lax.div(row, block)
         return (row, *(() if along is None else (along[1](i),)), *(0 for _ in tail))
 
     chunk = () if along is None else (along[0],)

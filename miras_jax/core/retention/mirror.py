@@ -12,10 +12,13 @@ from miras_jax.errors import UserError
 
 
 def q_norm(x: jax.Array, q: float) -> jax.Array:
-    """|x|_q over all entries, with the largest taken out so that no power overflows."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
+    """|x|_q over all entries, with the largest taken out so that no power overflows.
+
+    `[1, 1]`, as all of these: vectors are what a kernel can take powers of.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), keepdims=True))
     largest = jnp.where(largest > 0, largest, 1)
-    total = jnp.sum((jnp.abs(x) / largest) ** q)
+    total = jnp.sum((jnp.abs(x) / largest) ** q, keepdims=True)
     return largest * jnp.where(total > 0, total, 1) ** (1 / q)
 
 
@@ -69,7 +72,7 @@ class Lq(Gate):
         if self.form == "paper":
             return size ** (2 - self.q)
         # The scalar s that brings s A closest to W: <A, W> / <A, A>.
-        return size**2 / jnp.sum(jnp.square(dual))
+        return size**2 / jnp.sum(jnp.square(dual), keepdims=True)
 
 
 def _power(x: jax.Array, exponent: float) -> jax.Array:

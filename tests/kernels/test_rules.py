@@ -1,0 +1,139 @@
+"""Every kind of rule through the kernels, against the same chunks through XLA."""
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+
+import miras_jax as miras
+from miras_jax import retention, variants
+from miras_jax.errors import UserError
+from pallas_kernels.fused_scan import target, tpu
+from tests import core, kernels
+
+KERNELS = ("tpu",)
+
+
+@pytest.fixture(autouse=True)
+def one_element_per_grid_step(monkeypatch):
+    """Several cost a multiple to compile; test_fused_scan has them."""
+    monkeypatch.setattr(tpu, "GROUP", 1)
+
+
+CHUNKS = 2
+ROWS = 2
+
+NAMES = (
+    "yaad",
+    "moneta",
+    "memora",
+    "titans",
+    "ttt_linear",
+    "linear_attention",
+    "gated_delta_net",
+    "delta_product",
+    "huber-switch-channels",
+    "decay-value-channels",
+    "gated-mlp-norm-channels",
+    "momentum-retained",
+    "implicit",
+)
+CASES = [case for case in core.all_cases() if case.name in NAMES]
+
+
+def batch(case, dtype=np.float32, length=None):
+    """Parameters of one head and tokens of a few sequences."""
+    length = length or CHUNKS * max(case.rule.chunk_size, 5)
+    several = [core.inputs(case, length, seed=seed) for seed in range(ROWS)]
+    params = jax.tree.map(lambda x: x.astype(np.float32), several[0][0])
+    tokens = [tokens for _, tokens in several]
+    return params, jax.tree.map(lambda *x: np.stack(x).astype(dtype), *tokens)
+
+
+def run(rule, implementation):
+    """Outputs of every sequence and the weights that it leaves."""
+
+    def one(params, tokens):
+        state = rule.start(params)
+        outputs, state = miras.run(
+            rule, params, state, tokens, implementation=implementation
+        )
+        return {"outputs": outputs, "weights": rule.weights(state)}
+
+    return jax.vmap(one, (None, 0))
+
+
+@cache
+def expected(case, dtype):
+    return kernels.results(run(case.rule, "xla"), batch(case, dtype))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_outputs_state_and_every_gradient(case, kernel):
+    with target(kernel, interpret=True):
+        actual = kernels.results(run(case.rule, "pallas"), batch(case))
+    found = kernels.errors(actual, expected(case, np.float32))
+    assert max(found.values()) < 1e-4, found
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bfloat16_tokens(kernel):
+    (case,) = (case for case in CASES if case.name == "yaad")
+    dtype = jax.numpy.bfloat16
+    with target(kernel, interpret=True):
+        actual = kernels.results(run(case.rule, "pallas"), batch(case, dtype))
+    found = kernels.errors(actual, expected(case, dtype))
+    assert max(found.values()) < 2e-2, found
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_sequence_in_two_parts_that_are_no_whole_chunks(kernel):
+    """The first ends inside a chunk, at a place known while compiling."""
+    (case,) = (case for case in CASES if case.name == "yaad")
+    params, tokens = batch(case, length=11)
+
+    def in_parts(implementation):
+        def one(params, tokens):
+            state, outputs = case.rule.start(params), []
+            for part in (slice(0, 6), slice(6, 11)):
+                some = jax.tree.map(lambda x, part=part: x[part], tokens)
+                output, state = miras.run(
+                    case.rule, params, state, some, implementation=implementation
+                )
+                outputs.append(output)
+            return jax.numpy.concatenate(outputs)
+
+        return core.jit(jax.vmap(one, (None, 0)))
+
+    whole = in_parts("xla")(params, tokens)
+    with target(kernel, interpret=True):
+        actual = in_parts("pallas")(params, tokens)
+    assert core.error(actual, whole) < 1e-5
+
+
+def test_another_rule_is_noticed():
+    (case,) = (case for case in CASES if case.name == "yaad")
+    other = replace(case.rule, bias=miras.bias.Huber(form="norm"))
+    with target("tpu", interpret=True):
+        actual = kernels.results(run(other, "pallas"), batch(case))
+    found = kernels.errors(actual, expected(case, np.float32))
+    assert min(found.values()) > 1e-3, found
+
+
+def test_what_no_kernel_can_run_is_named_and_left_to_xla():
+    gate = retention.ElasticNet(threshold=0.02, smooth=True)
+    case = core.Case("smooth", core.small(replace(variants.yaad(), retention=gate)))
+    params, tokens = batch(case)
+    with target("tpu", interpret=True):
+        with pytest.raises(UserError, match="atan"):
+            jax.eval_shape(run(case.rule, "pallas"), params, tokens)
+        core.jit(run(case.rule, None)).lower(params, tokens)
+
+
+def test_pallas_needs_a_chip():
+    case = core.Case("yaad", core.small(variants.yaad()))
+    with pytest.raises(UserError, match="TPU or a GPU"):
+        run(case.rule, "pallas")(*batch(case))
