@@ -19,8 +19,6 @@ from pathlib import Path
 from miras_jax.errors import UserError
 
 EXIT_MISTAKE, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 3, 130, 141
-HEAD_DIM = 64
-"""Of the states whose size `miras variants` prints."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -127,7 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--output", metavar="DIR", help="folder of page and pictures (WORKDIR/inspect)"
     )
-    command("variants", _variants, "List the published models and their choices.")
+    variants = command(
+        "variants", _variants, "List the published models and their choices."
+    )
+    variants.add_argument(
+        "--markdown", action="store_true", help="as one table in Markdown"
+    )
     return parser
 
 
@@ -256,43 +259,30 @@ def _inspect(arguments, argv: Sequence[str]) -> int:
 
 
 def _variants(arguments, argv: Sequence[str]) -> int:
-    import jax
+    from miras_jax.core import table, variants
 
-    from miras_jax.core import variants
-
+    if arguments.markdown:
+        print(table.markdown(variants.ALL))
+        return 0
     print(
         "Models for Miras(variants.NAME()) in an experiment file.\n"
-        "chunk: tokens whose gradients are taken at the same weights\n"
-        f"state: numbers that a head of dimension {HEAD_DIM} carries while it decodes\n"
+        "chunk: tokens whose gradients are taken at the same weights, and how tokens "
+        "inside are read\n"
+        f"state: numbers that a head of dimension {table.HEAD_DIM} carries while it "
+        "decodes\n"
     )
-    print(f"{'':24}  chunk    state  memory, bias, retention, algorithm")
+    print(f"{'':24}  {'chunk':>13}    state  memory, bias, retention, algorithm")
     for make in variants.ALL:
         rule = make()
+        row = table.row(rule)
         axes = (rule.memory, rule.bias, rule.retention, rule.algorithm)
-        state = jax.eval_shape(
-            lambda rule=rule: rule.start(
-                rule.init(jax.random.key(0), HEAD_DIM, HEAD_DIM)
-            )
-        )
-        size = sum(x.size for x in jax.tree.leaves(state._replace(position=())))
-        choices = ", ".join(map(_brief, axes))
-        size = "grows" if size == 0 else f"{size:,}"
-        print(f"{make.__name__:24}  {rule.chunk_size:5}  {size:>7}  {choices}")
+        choices = ", ".join(map(table.brief, axes))
+        print(f"{make.__name__:24}  {row.chunk:>13}  {row.state:>7}  {choices}")
         indent = " " * 4
+        print(f"{indent}{row.write}")
         text = " ".join(make.__doc__.split())
         print(textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=indent))
     return 0
-
-
-def _brief(choice) -> str:
-    """A choice by its name and what differs from its defaults."""
-    parts = [
-        field.name if value is True else f"{field.name}={value}"
-        for field in dataclasses.fields(choice)
-        if (value := getattr(choice, field.name)) != field.default
-    ]
-    name = type(choice).__name__
-    return f"{name}({', '.join(parts)})" if parts else name
 
 
 def _prepare() -> None:

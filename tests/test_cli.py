@@ -263,9 +263,13 @@ def test_variants_lists_every_named_rule():
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
     assert status == 0 and {make.__name__ for make in variants.ALL} < set(rows)
     # Two matrices of 64 x 256, and the same again at the chunk's start.
-    assert rows["yaad"][1:] == "64 65,536 MLP, Huber, Decay, GradientDescent".split()
+    assert rows["yaad"][1:] == (
+        "64, linear 65,536 MLP, Huber, Decay, GradientDescent".split()
+    )
     assert rows["retnet"][1:3] == ["1", "4,096"]
-    assert "Miras, eq. 26" in out
+    assert "Miras, eq. 26" in out and "Wₜ = αₜ Wₜ₋₁ − ηₜ ∇ℓ" in out
+    status, out, _ = command("variants", "--markdown")
+    assert status == 0 and out.count("\n") == 2 + len(variants.ALL)
 
 
 def refused(*argv):
