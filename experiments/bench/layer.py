@@ -1,7 +1,7 @@
 """Speed and memory of one memory layer, beside its definition, a GRU and an LSTM.
 
     python -m experiments.bench.layer [--lengths 1024,4096] [--batches 1]
-        [--chunks 16,64] [--variants yaad,moneta,memora,titans,gated_delta_net]
+        [--chunks 16,64] [--variants yaad,moneta,memora,titans,gated_delta_net | all]
         [--repeats 5] [--no memory,recurrent] [--json rows.json]
 
 Prints one table, all of it measured in this one run, cases of one scope, batch and
@@ -17,7 +17,8 @@ fwd+bwd     gradients with respect to all inputs, rates and parameters of a rand
             linear function of the outputs, in one program with the forward pass.
 definition  Yaad token by token. It is slow, and its backward pass stores weights of
             every token: it runs at few tokens and is compared per token.
-chunk       of Gated DeltaNet the engine's tile: it changes the speed, not the result.
+chunk       of rules with chunk_size 1 the engine's tile: it changes the speed alone.
+NAME_exact  a rule with the exact readout, where that is another function.
 MB          results and temporaries in XLA's own plan of the program, not its inputs. It
             agrees with the growth of the process while the program runs (57 against 69,
             571 against 556, 111 against 104 MB where compared); the peak of the whole
@@ -29,9 +30,13 @@ share       useful matrix FLOPs / time / rate of a 1,024-cubed float32 product, 
                 update 2P, read 2P
                 own chunk's corrections, causal pairs only: (C + 1) sum(i + o)
                 delta rule's triangular system, C the tile: (C - 1) sum(i + o)
-            and per token 2 i o of each projection of the layer. A backward pass counts
-            as twice the forward one; recomputation is not useful. XLA's own count
-            (`cost_analysis`) is no help: it takes the body of a scan once.
+            (Hebbian rules on a matrix neither predict nor pull back; of rules that
+            solve, orthogonalise or look up, no share is given), and per token 2 i o of
+            each projection of the layer. A backward pass counts as twice the forward
+            one; recomputation is not useful. XLA's own count (`cost_analysis`) is no
+            help: it takes the body of a scan once.
+x family    in the summary: time of forward+backward over that of Gated DeltaNet (rules
+            with chunk_size 1) or of Yaad at the same chunk.
 
 Nearly all of the time is compilation.
 """
@@ -53,22 +58,26 @@ from flax import nnx
 import miras_jax as miras
 from experiments.bench import recurrent, report
 from experiments.bench.timing import compile_program, median_seconds
-from miras_jax import variants
+from miras_jax import algorithm, memory, variants
+from miras_jax.core.bias import DotProduct
 from miras_jax.core.engine import LINEAR_TILE
 from miras_jax.errors import UserError
-from miras_jax.nn.layers import Projection, l2_normalise
+from miras_jax.nn.layers import Projection
 from miras_jax.nn.miras import Miras
 
-VARIANTS = {
-    rule.__name__: rule
-    for rule in (
-        variants.yaad,
-        variants.moneta,
-        variants.memora,
-        variants.titans,
-        variants.gated_delta_net,
-    )
+# Softmax attention has a layer of its own.
+RULES = {
+    rule.__name__: rule()
+    for rule in variants.ALL
+    if not isinstance(rule().memory, memory.Cache)
 }
+RULES |= {
+    f"{name}_exact": replace(rule, readout="exact")
+    for name, rule in RULES.items()
+    if rule.chunk_size > 1 and replace(rule, readout="exact").reads_exactly
+}
+VARIANTS = ("yaad", "moneta", "memora", "titans", "gated_delta_net")
+COUNTED = (algorithm.GradientDescent, algorithm.Momentum, algorithm.Implicit)
 PARTS = ("layer", "memory", "definition", "recurrent")
 DEFINITION_TOKENS = 256
 
@@ -78,7 +87,7 @@ class Case:
     """What one row of the table measures."""
 
     scope: str  # "layer" or "memory"
-    variant: str  # a name in VARIANTS, "gru" or "lstm"
+    variant: str  # a name in RULES, "gru" or "lstm"
     form: str  # "chunked", "definition" or "recurrent"
     chunk: int | None
     batch: int
@@ -87,15 +96,22 @@ class Case:
     heads: int = 4
 
     @property
+    def family(self) -> str | None:
+        """The variant that this one is compared with."""
+        if self.form != "chunked":
+            return None
+        return "gated_delta_net" if RULES[self.variant].chunk_size == 1 else "yaad"
+
+    @property
     def rule(self) -> miras.Rule:
-        rule = VARIANTS[self.variant]()
+        rule = RULES[self.variant]
         return rule if rule.chunk_size == 1 else replace(rule, chunk_size=self.chunk)
 
 
 class Computation(NamedTuple):
     function: Callable[[Any], jax.Array]
     inputs: Any  # all of them differentiable
-    flops: float  # useful, of one forward pass
+    flops: float | None  # useful, of one forward pass; None: not counted
 
 
 def list_cases(
@@ -111,7 +127,7 @@ def list_cases(
         for batch in batches:
             for length in lengths:
                 for name in names:
-                    exact = VARIANTS[name]().chunk_size == 1
+                    exact = RULES[name].chunk_size == 1
                     for chunk in (LINEAR_TILE,) if exact else chunks:
                         cases.append(Case(scope, name, "chunked", chunk, batch, length))
                 for cell in () if "recurrent" in without else recurrent.GATES:
@@ -123,20 +139,24 @@ def list_cases(
     return cases
 
 
-def memory_flops(rule: miras.Rule, chunk: int | None, channels: int) -> int:
+def memory_flops(rule: miras.Rule, chunk: int | None, channels: int) -> int | None:
     """Useful matrix FLOPs per token and head, by the formula in the module docstring.
 
-    chunk None: token by token, without corrections.
+    chunk None: token by token, without corrections. None where the formula does not
+    tell what the rule does.
     """
+    if not isinstance(rule.algorithm, COUNTED):
+        return None
     shapes = rule.memory.shapes(channels, channels)
     products = sum(i * o for i, o in shapes)
     pulled = sum(i * o for i, o in shapes[1:])
-    flops = 2 * (3 * products + pulled)
+    hebbian = rule.memory.is_linear and rule.bias == DotProduct()
+    flops = 2 * ((2 if hebbian else 3) * products + pulled)
     if chunk is not None:
-        # Of the variants here those with a plain matrix are delta rules.
-        pairs = 2 * chunk if rule.memory.is_linear else chunk + 1
+        solves = rule.memory.is_linear and not hebbian
+        pairs = 2 * chunk if solves else chunk + 1
         flops += pairs * sum(i + o for i, o in shapes)
-    return flops
+    return flops * rule.algorithm.steps
 
 
 def build(case: Case) -> Computation:
@@ -150,23 +170,21 @@ def build(case: Case) -> Computation:
     rule = case.rule
     mixer = Miras(rule, num_heads=case.heads).build(case.width, 1.0, nnx.Rngs(0))
     chunk = case.chunk if case.form == "chunked" else None
-    flops = case.heads * memory_flops(rule, chunk, case.width // case.heads)
+    flops = memory_flops(rule, chunk, case.width // case.heads)
+    flops = flops and case.heads * flops
     if case.scope == "layer":
         graph, params = nnx.split(mixer)
         modules = (module for _, module in nnx.iter_modules(mixer))
-        flops += sum(2 * m.weight.size for m in modules if isinstance(m, Projection))
+        projections = [m for m in modules if isinstance(m, Projection)]
+        flops = flops and flops + sum(2 * m.weight.size for m in projections)
         return Computation(
             lambda inputs: nnx.merge(graph, inputs[0])(inputs[1])[0],
             (params, x),
-            tokens * flops,
+            flops and tokens * flops,
         )
 
-    shape = (case.batch, case.heads, case.length, case.width // case.heads)
-    queries, keys, values = jax.random.normal(key, (3, *shape))
-    rates = {name: jnp.moveaxis(make(x), 2, 1) for name, make in mixer.rates.items()}
-    read_tokens = miras.Tokens(
-        l2_normalise(queries), l2_normalise(keys), values, miras.Rates(**rates)
-    )
+    window = mixer.convolution.start(case.batch, x.dtype)
+    read_tokens, _ = mixer.tokens(x, window, jnp.zeros(case.batch, jnp.int32))
     implementation = "definition" if case.form == "definition" else None
 
     def read(params, tokens):
@@ -177,7 +195,7 @@ def build(case: Case) -> Computation:
     return Computation(
         lambda inputs: over_batch(*inputs),
         (mixer.memory_params, read_tokens),
-        tokens * flops,
+        flops and tokens * flops,
     )
 
 
@@ -250,13 +268,14 @@ def _measure_together(cases: Sequence[Case], repeats: int) -> list[dict]:
         rows.append(
             asdict(case)
             | {
+                "family": case.family,
                 "forward_tokens_per_s": tokens / forward,
                 "both_tokens_per_s": tokens / both,
                 "backward_over_forward": (both - forward) / forward,
                 "forward_mb": programs[2 * i].megabytes,
                 "both_mb": programs[2 * i + 1].megabytes,
-                "forward_share": useful / forward / rate,
-                "both_share": 3 * useful / both / rate,
+                "forward_share": useful and useful / forward / rate,
+                "both_share": useful and 3 * useful / both / rate,
                 "matmul_flops_per_s": rate,
             }
         )
@@ -286,16 +305,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", default="1024,4096")
     parser.add_argument("--batches", default="1")
     parser.add_argument("--chunks", default="16,64")
-    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="or all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no", default="", help=f"leave out any of {','.join(PARTS)}")
     parser.add_argument("--json", type=Path, help="also save the rows here")
     options = parser.parse_args(arguments)
+    names = _names(options.variants, "--variants", [*RULES, "all"])
+    names = [*RULES] if "all" in names else names
     cases = list_cases(
         _numbers(options.lengths, "--lengths"),
         _numbers(options.batches, "--batches"),
         _numbers(options.chunks, "--chunks"),
-        _names(options.variants, "--variants", [*VARIANTS]),
+        names,
         _names(options.no, "--no", PARTS),
     )
     rows = measure(cases, options.repeats)

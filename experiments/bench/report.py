@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 HEADER = (
-    "                                                   |       tokens/s      bwd/ "
-    "|     MB      |     share     | fwd+bwd x\n"
-    "scope  variant         form       chunk batch length|   forward   fwd+bwd  fwd "
-    "|   fwd   both|   fwd    both | LSTM   defn"
+    f"{'':60}|       tokens/s      bwd/ |     MB      |     share     | fwd+bwd x\n"
+    "scope  variant                  form       chunk batch length|   forward   fwd+bwd"
+    "  fwd |   fwd   both|   fwd    both | LSTM   defn"
 )
 FORWARD, BOTH = "forward_tokens_per_s", "both_tokens_per_s"
 SHAPE = ("scope", "batch", "length")
@@ -36,18 +35,22 @@ def _ratios(row: dict, other: dict | None) -> str:
     return f"{_ratio(row, other, FORWARD)} / {_ratio(row, other, BOTH)}"
 
 
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
 def table(rows: Sequence[dict]) -> str:
     """One line per row; the last two columns compare tokens/s of forward+backward."""
     lines = [HEADER, "-" * len(HEADER.splitlines()[1])]
     for row in rows:
         lstm = _find(rows, row, SHAPE, variant="lstm")
         lines.append(
-            f"{row['scope']:<6} {row['variant']:<15} {row['form']:<10} "
+            f"{row['scope']:<6} {row['variant']:<24} {row['form']:<10} "
             f"{row['chunk'] or '-':>5} {row['batch']:>5} {row['length']:>6}|"
             f"{row[FORWARD]:10,.0f}{row[BOTH]:10,.0f}"
             f"{row['backward_over_forward']:5.1f} |"
             f"{row['forward_mb']:6.0f} {row['both_mb']:6.0f}|"
-            f"{row['forward_share']:6.1%} {row['both_share']:7.1%} |"
+            f"{_percent(row['forward_share']):>6} {_percent(row['both_share']):>7} |"
             f"{_ratio(row, lstm, BOTH):>5} "
             f"{_ratio(row, _definition(rows, row), BOTH):>6}"
         )
@@ -66,21 +69,23 @@ def summary(rows: Sequence[dict]) -> str:
         f"Chunked at {longest} tokens, forward / forward+backward: tokens/s over those "
         "of the definition, LSTM and GRU;",
         f"time per token over that at {shortest} tokens (linear: 1); backward over "
-        "forward time.",
-        f"{'':<39}{'x definition':>16}{'x LSTM':>14}{'x GRU':>14}{'linear':>14}"
-        f"{'bwd/fwd':>9}",
+        "forward time; time of forward+backward over that of the family's model.",
+        f"{'':<48}{'x definition':>16}{'x LSTM':>14}{'x GRU':>14}{'linear':>14}"
+        f"{'bwd/fwd':>9}{'x family':>10}",
     ]
     for row in rows:
         if row["form"] != "chunked" or row["length"] != longest:
             continue
         short = _find(rows, row, KIND, length=shortest)
-        name = "{scope:<6} {variant:<15} chunk {chunk:>2} batch {batch}".format(**row)
+        family = _find(rows, row, SHAPE + ("chunk",), variant=row["family"])
+        name = "{scope:<6} {variant:<24} chunk {chunk:>2} batch {batch}".format(**row)
         lines.append(
-            f"{name:<39}"
+            f"{name:<48}"
             f"{_ratios(row, _definition(rows, row)):>16}"
             f"{_ratios(row, _find(rows, row, SHAPE, variant='lstm')):>14}"
             f"{_ratios(row, _find(rows, row, SHAPE, variant='gru')):>14}"
             f"{_ratios(short, None if short is row else row):>14}"
             f"{row['backward_over_forward']:9.1f}"
+            f"{_ratio(family, row, BOTH) if family else '-':>10}"
         )
     return "\n".join(lines)

@@ -78,6 +78,10 @@ def test_useful_flops_count_every_product_once():
     assert layer.memory_flops(variants.yaad(), 4, 8) == 7 * 512 + 5 * 80
     # [8, 8]: predict, update, read; the triangular system fills the other half.
     assert layer.memory_flops(variants.gated_delta_net(), 4, 8) == 6 * 64 + 8 * 16
+    # Update and read, five pairs of (8 + 8); two delta rules; and none is made up.
+    assert layer.memory_flops(variants.retnet(), 4, 8) == 4 * 64 + 5 * 16
+    assert layer.memory_flops(variants.delta_product(), 4, 8) == 2 * (6 * 64 + 8 * 16)
+    assert layer.memory_flops(variants.rwkv7(), 4, 8) is None
 
 
 def test_cases():
@@ -118,16 +122,19 @@ def test_summary_divides_the_right_rows():
     row = {
         "scope": "memory", "variant": "yaad", "form": "chunked", "chunk": 4, "batch": 1,
         "length": 8, "forward_tokens_per_s": 60.0, "both_tokens_per_s": 30.0,
-        "backward_over_forward": 1.5,
+        "backward_over_forward": 1.5, "family": "yaad",
     }  # fmt: skip
     shorter = row | {"length": 4, "forward_tokens_per_s": 90.0}
     slow = row | {"form": "definition", "length": 2, "both_tokens_per_s": 3.0}
     cell = {"form": "recurrent", "chunk": None, "forward_tokens_per_s": 20.0}
     rows = [shorter, slow, row, row | cell | {"variant": "lstm"}]
     rows += [row | cell | {"variant": "gru", "both_tokens_per_s": 15.0}]
-    last = report.summary(rows).splitlines()[-1]
+    other = {"variant": "moneta", "both_tokens_per_s": 20.0}
+    rows += [shorter | other, row | other]
+    *_, yaad, moneta = report.summary(rows).splitlines()
     ratios = ["1.00", "/", "10.00", "3.00", "/", "1.00", "3.00", "/", "2.00"]
-    assert last.split()[-13:] == [*ratios, "1.50", "/", "1.00", "1.5"]
+    assert yaad.split()[-14:] == [*ratios, "1.50", "/", "1.00", "1.5", "1.00"]
+    assert moneta.split()[-1] == "1.50"
 
 
 @pytest.mark.parametrize(
