@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from miras_jax.core.info import Info as Info
     from miras_jax.core.info import observe as observe
     from miras_jax.core.rule import Rule as Rule
+    from miras_jax.core.types import Documents as Documents
     from miras_jax.core.types import Params as Params
     from miras_jax.core.types import Rates as Rates
     from miras_jax.core.types import State as State
@@ -31,6 +32,7 @@ _HOMES = {
     "Info": "info",
     "observe": "info",
     "Rule": "rule",
+    "Documents": "types",
     "Params": "types",
     "Rates": "types",
     "State": "types",

@@ -1,5 +1,6 @@
 """run and step: one sequence through one rule, in whichever way is asked for."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from miras_jax.core import attention
 from miras_jax.core.block import block, parallel_tokens
 from miras_jax.core.rule import Rule
-from miras_jax.core.types import Params, State, Tokens
+from miras_jax.core.types import Documents, Params, Rates, State, Tokens
 from miras_jax.errors import UserError
 from pallas_kernels.fused_scan import Unsupported, fused_scan, platform
 
@@ -18,6 +19,19 @@ Implementation = Literal["definition", "xla", "pallas"]
 
 LINEAR_TILE = 32
 """Tokens per block of the exact linear rules; changes the speed, never the result."""
+
+
+NO_TRACE = Rates(learn=0, keep=1, momentum=1, threshold=1, keep_value=1, erase=0)
+"""The rates of a token that the memory must not notice."""
+
+
+def alignment(rule: Rule) -> int:
+    """Tokens of which a document's start must be a multiple, for `run` in blocks."""
+    if rule.chunk_size > 1:
+        return rule.chunk_size
+    if not (rule.memory.is_linear and rule.retention.is_identity):
+        return 1
+    return LINEAR_TILE // math.gcd(LINEAR_TILE, rule.algorithm.steps)
 
 
 def step(
@@ -44,9 +58,15 @@ def run(
     state: State,
     tokens: Tokens,
     *,
+    documents: Documents | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, State]:
     """Read L tokens from `state` on: `(outputs [L, V], state)`.
+
+    documents: where the state returns to `rule.start(params)`, and which tokens are
+    padding. Starts are whole numbers of `alignment(rule)` tokens away from a chunk's
+    start; where the state's position is an array, padding before the first document
+    may have any length. Padding comes before or after a document, not inside.
 
     implementation: "definition" goes token by token, literally as in `Rule.step`; "xla"
     goes chunk by chunk in matrix products; "pallas" does the same in one kernel for all
@@ -57,6 +77,11 @@ def run(
     """
     if len(tokens.keys) == 0:
         raise UserError("run needs at least one token; got none.")
+    if documents is not None and rule.keeps_tokens:
+        raise UserError(
+            f"{rule.memory} keeps the tokens of one document; use the layer Attention, "
+            "which takes segment_ids."
+        )
     steps = rule.algorithm.steps
     if steps > 1:
         outputs, state = run(
@@ -64,17 +89,20 @@ def run(
             params,
             state,
             rule.pairs(tokens),
+            documents=_of_pairs(documents, steps),
             implementation=implementation,
         )
         return outputs[steps - 1 :: steps], state
     rule.check(tokens)
     match implementation:
         case "definition":
-            outputs, state = _run_definition(rule, params, state, tokens)
+            outputs, state = _run_definition(rule, params, state, tokens, documents)
         case None | "xla" | "pallas":
             scan = partial(fused_scan, implementation=_scan(implementation))
             try:
-                outputs, state = _run_blocks(scan, rule, params, state, tokens)
+                outputs, state = _run_blocks(
+                    scan, rule, params, state, tokens, documents
+                )
             except Unsupported as error:
                 raise UserError(
                     f"implementation='pallas' cannot run {rule}: {error}. Use None "
@@ -85,7 +113,17 @@ def run(
                 f"implementation={implementation!r} is unknown: use None (the best "
                 "available), 'definition', 'xla' or 'pallas'."
             )
+    if documents is not None:
+        outputs = jnp.where(documents.real[:, None], outputs, 0)
     return outputs.astype(tokens.queries.dtype), state
+
+
+def _of_pairs(documents, steps):
+    """The same for tokens whose pairs have become tokens of their own."""
+    if documents is None:
+        return None
+    starts = documents.starts[:, None] & (jnp.arange(steps) == 0)[None]
+    return Documents(starts.reshape(-1), jnp.repeat(documents.real, steps))
 
 
 def _scan(implementation: Implementation | None) -> str | None:
@@ -100,30 +138,40 @@ def _scan(implementation: Implementation | None) -> str | None:
     return platform()
 
 
-def _run_definition(rule, params, state, tokens):
+def _select(condition, yes, no):
+    return jax.tree.map(partial(jnp.where, condition), yes, no)
+
+
+def _run_definition(rule, params, state, tokens, documents):
     if rule.keeps_tokens:
         # Rows for all tokens, as a scan cannot make any.
         kept = rule.memory.window or len(state.dual[0]) + len(tokens.keys)
         rule = replace(rule, memory=replace(rule.memory, window=kept))
         state = attention.with_rows(state, kept)
+    fresh = rule.start(params)
 
-    def body(state, token):
-        output, state = rule.step(params, state, token)
-        return state, output
+    def body(state, inputs):
+        token, document = inputs
+        if document is not None:
+            state = _select(document.starts, fresh, state)
+        output, after = rule.step(params, state, token)
+        if document is not None:
+            after = _select(document.real, after, state)
+        return after, output
 
     state = state._replace(position=jnp.asarray(state.position, jnp.int32))
-    state, outputs = jax.lax.scan(body, state, tokens)
+    state, outputs = jax.lax.scan(body, state, (tokens, documents))
     return outputs, state
 
 
-def _run_blocks(scan, rule, params, state, tokens):
+def _run_blocks(scan, rule, params, state, tokens, documents):
     if rule.keeps_tokens:
         return attention.run(rule.memory.window, state, tokens)
     length = len(tokens.keys)
     size = parallel_tokens(rule, tokens.rates, LINEAR_TILE)
     position = state.position if rule.has_anchor else 0
-    if not isinstance(position, int):
-        return _run_from_traced_position(scan, rule, params, state, tokens)
+    if documents is not None or not isinstance(position, int):
+        return _run_shifted(scan, rule, params, state, tokens, documents, size)
 
     # Blocks end where chunks end: first what is left of an open chunk, then whole
     # chunks, then the part of a chunk that stays open.
@@ -163,41 +211,98 @@ def _scan_blocks(scan, rule, params, state, blocks):
     return outputs.reshape(-1, outputs.shape[-1]), rule.open_chunk(*carry)
 
 
-def _run_from_traced_position(scan, rule, params, state, tokens):
-    """As above where the position inside the chunk is known only at run time.
+def _run_shifted(scan, rule, params, state, tokens, documents, size):
+    """As above where chunks may stay unfinished or begin at a place that is data.
 
-    The tokens are shifted right by the position, so that blocks are chunks again, and
-    padded with tokens that leave no trace; every block carries whether it ends a chunk.
+    The tokens are shifted right by the position inside the chunk, so that blocks are
+    chunks again, and padded with tokens that leave no trace. A block whose last token
+    is real ends its chunk; one that holds a document's start returns to `rule.start`
+    before it.
     """
-    length, size = len(tokens.keys), rule.chunk_size
-    blocks = -(-(length + size - 1) // size)
+    length = len(tokens.keys)
+    shift = _shift(rule, state, documents, size)
+    static = isinstance(shift, int)
+    blocks = -(-(length + (shift if static else size - 1)) // size)
     padding = blocks * size - length
-    position = state.position
 
     def shifted(x, fill):
         widths = ((0, padding),) + ((0, 0),) * (x.ndim - 1)
-        return jnp.roll(jnp.pad(x, widths, constant_values=fill), position, axis=0)
+        x = jnp.pad(x, widths, constant_values=fill)
+        return x if static and shift == 0 else jnp.roll(x, shift, axis=0)
 
     learn = tokens.rates.learn
     learn = jnp.ones(length, tokens.keys.dtype) if learn is None else learn
-    rates = jax.tree.map(partial(shifted, fill=1), tokens.rates)
-    rates = rates._replace(learn=shifted(learn, 0))
+    rates = tokens.rates._replace(learn=learn)
+    if documents is not None:
+
+        def of_real(x, fill):
+            mask = jnp.expand_dims(documents.real, range(1, x.ndim))
+            return jnp.where(mask, x, jnp.asarray(fill, x.dtype))
+
+        rates = _map_rates(of_real, rates)
+    rates = _map_rates(shifted, rates)
     moved = jax.tree.map(partial(shifted, fill=0), tokens)._replace(rates=rates)
-    written = shifted(jnp.ones((length, 1), state.dual[0].dtype), 0)
-    ends = (jnp.arange(blocks) + 1) * size <= position + length
+    real = jnp.ones(length, bool) if documents is None else documents.real
+    real = shifted(real, False).reshape(blocks, size)
+    written = real[..., None].astype(state.dual[0].dtype)
+    marks = None
+    if documents is not None:
+        starts = shifted(documents.starts, False).reshape(blocks, size)
+        marks = (jnp.any(starts, axis=1), jnp.any(real, axis=1))
+    fresh = rule.start(params)._replace(position=0)
 
-    def step(state, xs, params):
-        tokens, written, ends = xs
-        outputs, state = block(
-            rule, params, state, tokens, aligned=False, written=written
+    def step(state, xs, consts):
+        tokens, written, ends, marks = xs
+        params, fresh = consts
+        if marks is not None:
+            state = _select(marks[0], fresh, state)
+        state = state._replace(position=0)
+        aligned = not rule.has_anchor
+        outputs, after = block(
+            rule, params, state, tokens, aligned=aligned, written=written
         )
-        return rule.close(state, ends)._replace(position=0), outputs
+        after = rule.close(after, ends)
+        if marks is not None:
+            # A gate's own step at a chunk's end would be a trace, too.
+            after = _select(marks[1], after, state)
+        return after._replace(position=0), outputs
 
-    xs = jax.tree.map(lambda x: x.reshape(blocks, size, *x.shape[1:]), (moved, written))
-    state = state._replace(position=0)
-    state, outputs = scan(step, state, (*xs, ends), params)
-    outputs = jnp.roll(outputs.reshape(blocks * size, -1), -position, axis=0)[:length]
-    return outputs, state._replace(position=(position + length) % size)
+    xs = jax.tree.map(lambda x: x.reshape(blocks, size, *x.shape[1:]), moved)
+    position = state.position
+    state, outputs = scan(
+        step,
+        state._replace(position=0),
+        (xs, written, real[:, -1], marks),
+        (params, fresh),
+    )
+    outputs = outputs.reshape(blocks * size, -1)
+    if not (static and shift == 0):
+        outputs = jnp.roll(outputs, -shift, axis=0)
+    if rule.has_anchor:
+        if documents is None:
+            position = (shift + length) % size
+        else:
+            place = jnp.arange(1, length + 1)
+            last = jnp.max(jnp.where(documents.real, place, 0))
+            position = jnp.where(last > 0, (shift + last) % size, position)
+    return outputs[:length], state._replace(position=position)
+
+
+def _map_rates(function, rates: Rates) -> Rates:
+    """function(rate, its value for a token without trace) of every rate there is."""
+    pairs = zip(rates, NO_TRACE, strict=True)
+    return Rates(*(None if x is None else function(x, fill) for x, fill in pairs))
+
+
+def _shift(rule, state, documents, size):
+    """How far the first token is from the start of the block that it falls into."""
+    position = state.position if rule.has_anchor else 0
+    if documents is None or isinstance(state.position, int):
+        return position
+    first = jnp.argmax(documents.starts)
+    before = jnp.arange(len(documents.starts)) < first
+    free = jnp.any(documents.starts) & ~jnp.any(documents.real & before)
+    return jnp.where(free, -first % size, position)
 
 
 def _take(tokens: Tokens, start: int, stop: int) -> Tokens:

@@ -51,6 +51,17 @@ class Tokens(NamedTuple):
     erase_keys: jax.Array | None = None  # [L, K], of EraseWrite
 
 
+class Documents(NamedTuple):
+    """Where documents start in a sequence that holds several, and what is padding.
+
+    At a start the memory is what it was before its first token, learned weights and
+    all. Padding leaves no trace in it, on whichever side it is, and its outputs are 0.
+    """
+
+    starts: jax.Array  # [L] bool, True at the first token of each document
+    real: jax.Array  # [L] bool, False for padding
+
+
 class Params(NamedTuple):
     """What the outer loop learns of a memory: how it starts, and its LayerNorm."""
 
