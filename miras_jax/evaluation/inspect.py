@@ -113,6 +113,9 @@ def _memories(
         for path, layer in _layers(group):
             ((tokens, _),) = outputs[(*path, MirasLayer.tokens.__name__)].get_value()
             tokens = jax.tree.map(lambda t: t[0], tokens)
+            # One query head of each memory: what is read does not change it.
+            per_memory = layer.config.num_heads // layer.config.memories
+            tokens = tokens._replace(queries=tokens.queries[::per_memory])
             infos.append(_watch(layer.config.rule, layer.memory_params, tokens))
         return x, infos
 

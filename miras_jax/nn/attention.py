@@ -7,21 +7,35 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from miras_jax.core.types import Choice
+from miras_jax.core.types import Choice, state_dtype
 from miras_jax.errors import UserError
+from miras_jax.nn.documents import Last, beginning, locate
 from miras_jax.nn.layers import Projection, rotate, split_heads
 
 
 @dataclass(frozen=True, repr=False)
 class Attention(Choice):
-    """Causal softmax attention with RoPE over all tokens, or the last `window` ones."""
+    """Causal softmax attention with RoPE over all tokens, or the last `window` ones.
+
+    num_kv_heads: heads of keys and values, each for an equal group of query heads
+    (arXiv 2305.13245); None: as many as query heads.
+    """
 
     num_heads: int = 4
     window: int | None = None
+    num_kv_heads: int | None = None
+
+    alignment = 1
 
     def __post_init__(self):
         if self.num_heads < 1 or (self.window is not None and self.window < 1):
             raise UserError(f"{self} needs at least one head and a window of 1.")
+        if self.kv_heads < 1 or self.num_heads % self.kv_heads:
+            raise UserError(f"{self}: num_heads must be a multiple of num_kv_heads.")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def build(self, width: int, output_scale: float, rngs: nnx.Rngs):
         return AttentionLayer(self, width, output_scale, rngs)
@@ -30,9 +44,10 @@ class Attention(Choice):
 class AttentionCache(NamedTuple):
     """The last keys and values: `window` of them, or as many as will ever be read."""
 
-    keys: jax.Array  # [B, S, H, K], rotated
-    values: jax.Array  # [B, S, H, K]
-    indices: jax.Array  # [B, S] position in the sequence, -1 for none yet
+    keys: jax.Array  # [B, S, G, K], rotated
+    values: jax.Array  # [B, S, G, K]
+    indices: jax.Array  # [B, S] place in the document, -1 for none yet
+    last: Last
 
 
 class AttentionLayer(nnx.Module):
@@ -49,48 +64,97 @@ class AttentionLayer(nnx.Module):
                 "dimension."
             )
         self.config = config
-        self.qkv = Projection(width, 3 * width, ("embed", "heads"), rngs=rngs)
+        self.channels = width // config.num_heads
+        read = width + 2 * config.kv_heads * self.channels
+        self.qkv = Projection(width, read, ("embed", "heads"), rngs=rngs)
         self.output = Projection(
             width, width, ("heads", "embed"), scale=output_scale, rngs=rngs
         )
 
     def start(self, batch: int, max_length: int, dtype: jnp.dtype) -> AttentionCache:
         size = max_length if self.config.window is None else self.config.window
-        heads = self.config.num_heads
-        shape = (batch, size, heads, self.qkv.weight.shape[0] // heads)
+        shape = (batch, size, self.config.kv_heads, self.channels)
         empty = jnp.full((batch, size), -1, jnp.int32)
-        return AttentionCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty)
+        nothing = jnp.zeros(shape, dtype)
+        return AttentionCache(nothing, nothing, empty, beginning(batch))
 
     def __call__(
-        self, x: jax.Array, cache: AttentionCache | None = None
+        self,
+        x: jax.Array,
+        cache: AttentionCache | None = None,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, AttentionCache | None]:
         """`[B, L, D]` -> the same; without a cache from the start, and none is kept."""
-        batch, length, _ = x.shape
+        batch, length, width = x.shape
+        groups = self.config.kv_heads
+        last = beginning(batch) if cache is None else cache.last
+        places = locate((batch, length), last, segment_ids)
+        cuts = [width, width + groups * self.channels]
         queries, keys, values = (
-            split_heads(part, self.config.num_heads)
-            for part in jnp.split(self.qkv(x), 3, axis=-1)
-        )
-        start = 0 if cache is None else jnp.max(cache.indices, axis=1)[:, None] + 1
-        indices = start + jnp.broadcast_to(jnp.arange(length), (batch, length))
-        channels = queries.shape[-1]
-        queries, keys = (rotate(part, indices, channels) for part in (queries, keys))
-        window = self.config.window
-        if cache is None:
-            # Position t sees t - window + 1 ... t.
-            span = None if window is None else (window - 1, 0)
-            y = jax.nn.dot_product_attention(
-                queries, keys, values, is_causal=True, local_window_size=span
+            split_heads(part, heads)
+            for part, heads in zip(
+                jnp.split(self.qkv(x), cuts, axis=-1),
+                (self.config.num_heads, groups, groups),
+                strict=True,
             )
-        else:
+        )
+        queries, keys = (
+            rotate(part, places.index, self.channels) for part in (queries, keys)
+        )
+        y, cache = self._attend(queries, keys, values, places, cache)
+        return self.output(y.reshape(x.shape)), cache
+
+    def _attend(self, queries, keys, values, places, cache):
+        """Of the tokens, with what is in the cache, and within documents."""
+        length = queries.shape[1]
+        indices = places.index
+        document = jnp.zeros_like(indices)  # 0: the one that the cache is of
+        if places.documents is not None:
+            indices = jnp.where(places.documents.real, indices, -1)
+            document = jnp.cumsum(places.documents.starts, axis=1, dtype=jnp.int32)
+        all_indices, all_documents = indices, document
+        if cache is not None:
             keys = jnp.concatenate([cache.keys, keys], axis=1)
             values = jnp.concatenate([cache.values, values], axis=1)
             all_indices = jnp.concatenate([cache.indices, indices], axis=1)
-            age = indices[:, :, None] - all_indices[:, None, :]
-            seen = (age >= 0) & (all_indices[:, None, :] >= 0)
-            if window is not None:
-                seen &= age < window
-            y = jax.nn.dot_product_attention(queries, keys, values, mask=seen[:, None])
-            cache = AttentionCache(
-                *(part[:, length:] for part in (keys, values, all_indices))
+            past = jnp.zeros_like(cache.indices)
+            all_documents = jnp.concatenate([past, document], axis=1)
+        age = places.index[:, :, None] - all_indices[:, None, :]
+        seen = (age >= 0) & (all_indices[:, None, :] >= 0)
+        seen &= document[:, :, None] == all_documents[:, None, :]
+        if self.config.window is not None:
+            seen &= age < self.config.window
+        y = attend(queries, keys, values, seen)
+        if cache is None:
+            return y, None
+        if places.documents is not None:
+            # Kept: the last document's, in order, behind all that is padding or older.
+            own = all_documents == document[:, -1:]
+            all_indices = jnp.where(own, all_indices, -1)
+            order = jnp.argsort(all_indices, axis=1, stable=True)
+            all_indices = jnp.take_along_axis(all_indices, order, axis=1)
+            keys, values = (
+                jnp.take_along_axis(part, order[:, :, None, None], axis=1)
+                for part in (keys, values)
             )
-        return self.output(y.reshape(x.shape)), cache
+        kept = (part[:, length:] for part in (keys, values, all_indices))
+        return y, AttentionCache(*kept, places.last)
+
+
+def attend(queries, keys, values, seen) -> jax.Array:
+    """softmax(q k^T / sqrt(K)) v over what is seen, `[B, L, S]`; H / G queries per key.
+
+    queries `[B, L, H, K]`, keys and values `[B, S, G, .]`; logits and their softmax in
+    float32 or more. Tokens that see nothing get the mean.
+    """
+    batch, length, heads, channels = queries.shape
+    grouped = queries.reshape(batch, length, keys.shape[2], -1, channels)
+    dtype = state_dtype(queries)
+    logits = jnp.einsum(
+        "blghk,bsgk->bghls", grouped, keys, preferred_element_type=dtype
+    )
+    lowest = jnp.finfo(dtype).min / 2
+    logits = jnp.where(seen[:, None, None], logits * channels**-0.5, lowest)
+    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    y = jnp.einsum("bghls,bsgv->blghv", weights, values)
+    return y.reshape(batch, length, heads, -1)

@@ -48,10 +48,14 @@ class FunctionalModel:
         return nnx.merge(self._graph, nnx.from_flat_state(flat))
 
     def apply(
-        self, parameters: Parameters, tokens: jax.Array, cache: Any = None
+        self,
+        parameters: Parameters,
+        tokens: jax.Array,
+        cache: Any = None,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Logits `[B, L, vocab]` and the cache after tokens `[B, L]`."""
-        return self.bind(parameters)(tokens, cache)
+        return self.bind(parameters)(tokens, cache, segment_ids)
 
     def start(self, parameters: Parameters, batch: int, max_length: int) -> Any:
         """The decoding cache before the first token."""

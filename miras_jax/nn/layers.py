@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from miras_jax.core.types import state_dtype
+from miras_jax.nn.documents import Places
+
 Axes = tuple[str | None, ...]
 
 
@@ -18,7 +21,7 @@ def param(value: jax.Array, axes: Axes) -> nnx.Param:
 
 
 class Projection(nnx.Module):
-    """y = x W, or y = x W + b in float32 if given an initial bias.
+    """y = x W, or y = x W + b in at least float32 if given an initial bias.
 
     W is normal with variance 1 / fan-in: unit-variance inputs give unit-variance
     outputs.
@@ -42,14 +45,14 @@ class Projection(nnx.Module):
         y = x @ self.weight[...].astype(x.dtype)
         if self.bias is None:
             return y
-        return y.astype(jnp.float32) + jnp.expand_dims(
+        return y.astype(state_dtype(y)) + jnp.expand_dims(
             self.bias[...], range(x.ndim - 1)
         )
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-    """x / sqrt(mean x^2 + 1e-6) over the last axis, in float32, in the dtype of x."""
-    y = x.astype(jnp.float32)
+    """x / sqrt(mean x^2 + 1e-6) over the last axis, computed in float32 or more."""
+    y = x.astype(state_dtype(x))
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
     if scale is not None:
         y = y * jnp.expand_dims(scale, range(x.ndim - scale.ndim))
@@ -67,8 +70,8 @@ class RMSNorm(nnx.Module):
 
 
 def l2_normalise(x: jax.Array) -> jax.Array:
-    """x / |x|_2 over the last axis, in float32; zero stays zero."""
-    y = x.astype(jnp.float32)
+    """x / |x|_2 over the last axis, at least in float32; zero stays zero."""
+    y = x.astype(state_dtype(x))
     return (y * jax.lax.rsqrt(jnp.sum(y * y, -1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
@@ -88,16 +91,37 @@ class CausalConvolution(nnx.Module):
     def start(self, batch: int, dtype: jnp.dtype) -> jax.Array:
         return jnp.zeros((batch, self.kernel - 1, self.weight.shape[1]), dtype)
 
-    def __call__(self, x: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`[B, L, channels]` -> the same, and the new cache."""
+    def __call__(
+        self, x: jax.Array, cache: jax.Array, places: Places | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`[B, L, channels]` -> the same, and the new cache.
+
+        Where places tell documents apart, only inputs of a token's own count for it,
+        and the cache holds those of the last one, zero before its start.
+        """
         padded = jnp.concatenate([cache.astype(x.dtype), x], axis=1)
         weight = self.weight[...].astype(x.dtype)
         length = x.shape[1]
+        apart = places is not None and places.documents is not None
+
+        def past(back):
+            first = self.kernel - 1 - back
+            inputs = padded[:, first : first + length]
+            if not apart or back == 0:
+                return inputs
+            return jnp.where((places.index >= back)[:, :, None], inputs, 0)
+
         y = sum(
-            padded[:, i : i + length] * weight[None, None, i]
-            for i in range(self.kernel)
+            past(back) * weight[None, None, self.kernel - 1 - back]
+            for back in range(self.kernel)
         )
-        return jax.nn.silu(y), padded[:, length:]
+        if not apart:
+            return jax.nn.silu(y), padded[:, length:]
+        kept = jnp.arange(self.kernel - 1)[None]
+        here = (places.read[:, None] + kept)[:, :, None]
+        window = jnp.take_along_axis(padded, here, axis=1)
+        own = places.last.index[:, None] >= self.kernel - 1 - kept
+        return jax.nn.silu(y), jnp.where(own[:, :, None], window, 0)
 
 
 class SwiGLU(nnx.Module):
@@ -124,11 +148,10 @@ def rotate(
     """
     x, rest = x[..., :channels], x[..., channels:]
     half = channels // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = (
-        positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
-    )
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    dtype = state_dtype(x)
+    frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
+    angle = positions[:, :, None, None].astype(dtype) * frequency[None, None, None]
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate([*(r.astype(x.dtype) for r in rotated), rest], axis=-1)

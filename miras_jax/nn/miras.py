@@ -12,6 +12,7 @@ from miras_jax.core import engine
 from miras_jax.core.rule import Rule
 from miras_jax.core.types import Choice, Params, Rates, State, Tokens
 from miras_jax.errors import UserError
+from miras_jax.nn.documents import Last, Places, beginning, locate
 from miras_jax.nn.layers import (
     CausalConvolution,
     Projection,
@@ -79,15 +80,22 @@ def default_rates(rule: Rule) -> RateChoices:
 
 @dataclass(frozen=True, repr=False)
 class Miras(Choice):
-    """A Miras layer with `num_heads` memories of dimension width / num_heads.
+    """A Miras layer with `num_heads` query heads, by default of one memory each.
 
-    `rates` None: `default_rates`.
+    rates: None takes `default_rates`.
+    rotary: share of the channels of queries and keys that RoPE turns.
+    num_kv_heads: memories, each with keys, values and rates of its own, read by an
+    equal group of query heads; None: one for every query head.
+    key_dim, value_dim: per head; None: width / num_heads.
     """
 
     rule: Rule
     num_heads: int = 4
     rates: RateChoices | None = None
     rotary: float = 0.25
+    num_kv_heads: int | None = None
+    key_dim: int | None = None
+    value_dim: int | None = None
 
     def __post_init__(self):
         if self.rule.keeps_tokens:
@@ -101,12 +109,36 @@ class Miras(Choice):
                 f"Miras(rotary={self.rotary}) is the share of the channels of queries "
                 "and keys that RoPE turns: 0 (none) to 1 (all)."
             )
+        if self.memories < 1 or self.num_heads % self.memories:
+            raise UserError(
+                f"Miras(num_heads={self.num_heads}) must be a multiple of num_kv_heads="
+                f"{self.memories}."
+            )
         for name in RateChoices.__dataclass_fields__ if self.rates else ():
             if getattr(self.rates, name) and name not in self.rule.rates:
                 raise UserError(
                     f"RateChoices.{name} is given, but {self.rule} uses no {name}; "
                     "leave it out."
                 )
+
+    @property
+    def memories(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def alignment(self) -> int:
+        """Tokens of which the start of a document in a row must be a multiple."""
+        return engine.alignment(self.rule)
+
+    def dims(self, width: int) -> tuple[int, int]:
+        """Channels of a head's keys and values."""
+        heads, dims = self.num_heads, (self.key_dim, self.value_dim)
+        if None in dims and width % heads:
+            raise UserError(f"width {width} must split into {heads} heads.")
+        key_dim, value_dim = (d or width // heads for d in dims)
+        if key_dim % 2:
+            raise UserError(f"Keys of {key_dim} channels: RoPE needs an even number.")
+        return key_dim, value_dim
 
     def build(self, width: int, output_scale: float, rngs: nnx.Rngs) -> "MirasLayer":
         return MirasLayer(self, width, output_scale, rngs)
@@ -115,96 +147,104 @@ class Miras(Choice):
 class MirasCache(NamedTuple):
     """What decoding needs: constant in size, whatever the length read."""
 
-    convolution: jax.Array  # [B, 3, (1 + 2 steps) * H * K], H * K more with erase keys
-    memory: State  # every leaf [B, H, ...]
-    position: jax.Array  # [B]
+    convolution: jax.Array  # [B, 3, channels of what the memories read]
+    memory: State  # every leaf [B, G, ...], G memories
+    last: Last
 
 
 class MirasLayer(nnx.Module):
     """q, k, v, convolution, RoPE, l2 norm, memory, norm, gate, output projection."""
 
     def __init__(self, config: Miras, width: int, output_scale: float, rngs: nnx.Rngs):
-        heads = config.num_heads
-        if width % heads or (width // heads) % 2:
-            raise UserError(
-                f"width {width} must split into {heads} heads of even dimension."
-            )
-        channels = width // heads
+        heads, memories = config.num_heads, config.memories
+        key_dim, value_dim = config.dims(width)
         self.config = config
-        # A query, a key and a value for each of a token's steps, and an erase key.
+        # A query, for each of a token's steps a key and a value, and an erase key.
         self.steps = config.rule.algorithm.steps
-        self.parts = [1, self.steps, self.steps] + [1] * config.rule.algorithm.erases
-        read = sum(self.parts) * width
+        self.parts = [(heads, key_dim)]
+        self.parts += [(memories * self.steps, dim) for dim in (key_dim, value_dim)]
+        self.parts += [(memories, key_dim)] * config.rule.algorithm.erases
+        read = sum(count * dim for count, dim in self.parts)
         self.qkv = Projection(width, read, ("embed", "heads"), rngs=rngs)
         self.convolution = CausalConvolution(read, rngs=rngs)
         choices = config.rates or default_rates(config.rule)
         self.rates = nnx.data(
             {
                 name: getattr(choices, name).build(
-                    width, heads * self._copies(name), channels, rngs
+                    width,
+                    memories * self._copies(name),
+                    self._channels(name, key_dim, value_dim),
+                    rngs,
                 )
                 for name in Rates._fields
                 if getattr(choices, name) is not None
             }
         )
-        keys = jax.random.split(rngs.params(), heads)
-        memory = jax.vmap(lambda key: config.rule.init(key, channels, channels))(keys)
+        keys = jax.random.split(rngs.params(), memories)
+        memory = jax.vmap(lambda key: config.rule.init(key, key_dim, value_dim))(keys)
         self.weights = nnx.List(
             [param(w, ("memory", None, None)) for w in memory.weights]
         )
         self.norm = nnx.List(
             [param(p, ("memory", None)) for p in memory[1:] if p is not None]
         )
-        self.output_norm = param(jnp.ones((heads, channels)), ("memory", None))
-        self.gate = Projection(width, width, ("embed", "heads"), rngs=rngs)
+        self.output_norm = param(jnp.ones((heads, value_dim)), ("memory", None))
+        read_out = heads * value_dim
+        self.gate = Projection(width, read_out, ("embed", "heads"), rngs=rngs)
         self.output = Projection(
-            width, width, ("heads", "embed"), scale=output_scale, rngs=rngs
+            read_out, width, ("heads", "embed"), scale=output_scale, rngs=rngs
         )
 
     def _copies(self, rate: str) -> int:
-        """How many of a rate each head needs: learn and threshold one for each step."""
+        """How many of a rate each memory needs: learn and threshold one per step."""
         return self.steps if rate in ("learn", "threshold") else 1
+
+    def _channels(self, rate: str, key_dim: int, value_dim: int) -> int:
+        """Of a channel-wise rate."""
+        rule = self.config.rule
+        by_key = {
+            "learn": rule.algorithm.axis == "key",
+            "keep": getattr(rule.retention, "axis", "key") != "value",
+            "erase": True,
+        }
+        return key_dim if by_key.get(rate, False) else value_dim
 
     @property
     def memory_params(self) -> Params:
-        """Parameters of the memories, every leaf `[H, ...]`."""
+        """Parameters of the memories, every leaf `[G, ...]`."""
         return Params(tuple(w[...] for w in self.weights), *(p[...] for p in self.norm))
 
     def start(self, batch: int, max_length: int, dtype: jnp.dtype) -> MirasCache:
         """The cache before the first token; its size does not depend on max_length."""
         state = jax.vmap(self.config.rule.start)(self.memory_params)
-        state = state._replace(
-            position=jnp.zeros(self.config.num_heads, jnp.int32),
-        )
+        state = state._replace(position=jnp.zeros(self.config.memories, jnp.int32))
         return MirasCache(
             self.convolution.start(batch, dtype),
             jax.tree.map(lambda x: jnp.repeat(x[None], batch, axis=0), state),
-            jnp.zeros(batch, jnp.int32),
+            beginning(batch),
         )
 
     def tokens(
-        self, x: jax.Array, window: jax.Array, position: jax.Array
+        self, x: jax.Array, window: jax.Array, places: Places
     ) -> tuple[Tokens, jax.Array]:
-        """What the memories read of `[B, L, D]`, every leaf `[B, H, L, ...]`.
+        """What the memories read of `[B, L, D]`, every leaf `[B, G, L, ...]`.
 
-        window: the convolution's cache, position: `[B]` tokens read before; also the
-        new window.
+        Queries are `[B, H, L, K]`, those of one memory next to each other. window: the
+        convolution's cache; also the new one.
         """
-        heads = self.config.num_heads
-        length = x.shape[1]
-        mixed, window = self.convolution(self.qkv(x), window)
-        cuts = [x.shape[-1] * end for end in itertools.accumulate(self.parts[:-1])]
+        memories = self.config.memories
+        mixed, window = self.convolution(self.qkv(x), window, places)
+        ends = list(itertools.accumulate(count * dim for count, dim in self.parts))
         queries, keys, values, *erase_keys = (
-            split_heads(part, heads * copies)
-            for part, copies in zip(
-                jnp.split(mixed, cuts, axis=-1), self.parts, strict=True
+            split_heads(part, count)
+            for part, (count, _) in zip(
+                jnp.split(mixed, ends[:-1], axis=-1), self.parts, strict=True
             )
         )
-        indices = position[:, None] + jnp.arange(length)[None]
         # The even number of channels nearest to the share asked for.
         channels = 2 * round(self.config.rotary * queries.shape[-1] / 2)
         queries, keys, *erase_keys = (
-            l2_normalise(rotate(part, indices, channels))
+            l2_normalise(rotate(part, places.index, channels))
             for part in (queries, keys, *erase_keys)
         )
         # Of norm about one, like keys and the memory's own output.
@@ -213,7 +253,7 @@ class MirasLayer(nnx.Module):
         if self.steps > 1:
 
             def by_step(t):
-                return t.reshape(*t.shape[:2], heads, self.steps, *t.shape[3:])
+                return t.reshape(*t.shape[:2], memories, self.steps, *t.shape[3:])
 
             keys, values = by_step(keys), by_step(values)
             rates = {
@@ -227,35 +267,51 @@ class MirasLayer(nnx.Module):
         return tokens, window
 
     def __call__(
-        self, x: jax.Array, cache: MirasCache | None = None
+        self,
+        x: jax.Array,
+        cache: MirasCache | None = None,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, MirasCache | None]:
         """`[B, L, D]` -> the same; without a cache from the start, and none is kept."""
         batch, length, _ = x.shape
         fresh = cache is None
         window = self.convolution.start(batch, x.dtype) if fresh else cache.convolution
-        position = jnp.zeros(batch, jnp.int32) if fresh else cache.position
-        tokens, window = self.tokens(x, window, position)
-        rule = self.config.rule
-
-        def read_new(params, tokens):
-            return engine.run(rule, params, rule.start(params), tokens)[0]
-
-        def read_on(params, state, tokens):
-            if length > 1:
-                return engine.run(rule, params, state, tokens)
-            token = jax.tree.map(lambda t: t[0], tokens)
-            output, state = engine.step(rule, params, state, token)
-            return output[None], state
-
-        if fresh:
-            over_heads = jax.vmap(read_new)
-            y = jax.vmap(over_heads, (None, 0))(self.memory_params, tokens)
-        else:
-            over_heads = jax.vmap(read_on)
-            y, state = jax.vmap(over_heads, (None, 0, 0))(
-                self.memory_params, cache.memory, tokens
-            )
-            cache = MirasCache(window, state, position + length)
+        last = beginning(batch) if fresh else cache.last
+        places = locate((batch, length), last, segment_ids)
+        tokens, window = self.tokens(x, window, places)
+        y, memory = self._read(
+            tokens, None if fresh else cache.memory, places.documents
+        )
         y = rms_norm(jnp.moveaxis(y, 1, 2), self.output_norm[...])
-        y = y.reshape(x.shape) * jax.nn.silu(self.gate(x))
-        return self.output(y), cache
+        y = y.reshape(batch, length, -1) * jax.nn.silu(self.gate(x))
+        return self.output(y), None if fresh else MirasCache(
+            window, memory, places.last
+        )
+
+    def _read(self, tokens, memory, documents):
+        """Outputs `[B, H, L, V]` and the memories after these tokens."""
+        rule, params = self.config.rule, self.memory_params
+        batch, heads, length, channels = tokens.queries.shape
+        single = length == 1 and documents is None
+
+        def read(params, state, queries, tokens, documents):
+            tokens = tokens._replace(queries=queries)
+            if state is None:
+                state = rule.start(params)
+            elif single:
+                token = jax.tree.map(lambda t: t[0], tokens)
+                output, state = engine.step(rule, params, state, token)
+                return output[None], state
+            output, state = engine.run(rule, params, state, tokens, documents=documents)
+            return output, state if memory is not None else None
+
+        # Innermost the queries of one memory, which is written once for all of them.
+        read = jax.vmap(read, (None, None, 0, None, None), (0, None))
+        read = jax.vmap(read, (0, 0, 0, 0, None))
+        read = jax.vmap(read, (None, 0, 0, 0, 0))
+        queries = tokens.queries.reshape(
+            batch, self.config.memories, -1, length, channels
+        )
+        others = tokens._replace(queries=None)
+        y, memory = read(params, memory, queries, others, documents)
+        return y.reshape(batch, heads, length, -1), memory

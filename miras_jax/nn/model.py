@@ -1,5 +1,6 @@
 """The language model: embedding, blocks of mixer and MLP, norm, output."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +61,11 @@ class Model(Choice):
             )
 
     @property
+    def alignment(self) -> int:
+        """Tokens of which every document's start in a row must be a multiple."""
+        return math.lcm(*(mixer.alignment for mixer in self.mixers))
+
+    @property
     def mlp_hidden(self) -> int:
         return self.hidden or -(-8 * self.width // 3 // 64) * 64
 
@@ -79,8 +85,8 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width)
         self.mlp = SwiGLU(config.width, config.mlp_hidden, scale=scale, rngs=rngs)
 
-    def __call__(self, x, cache=None):
-        y, cache = self.mixer(self.mixer_norm(x), cache)
+    def __call__(self, x, cache=None, segment_ids=None):
+        y, cache = self.mixer(self.mixer_norm(x), cache, segment_ids)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -91,11 +97,11 @@ class Group(nnx.Module):
     def __init__(self, config: Model, rngs: nnx.Rngs):
         self.blocks = nnx.List([Block(config, mixer, rngs) for mixer in config.mixers])
 
-    def __call__(self, x, caches=None):
+    def __call__(self, x, caches=None, segment_ids=None):
         caches = caches or (None,) * len(self.blocks)
         new_caches = []
         for block, cache in zip(self.blocks, caches, strict=True):
-            x, cache = block(x, cache)
+            x, cache = block(x, cache, segment_ids)
             new_caches.append(cache)
         return x, tuple(new_caches)
 
@@ -145,14 +151,27 @@ class LanguageModel(nnx.Module):
         x = self.embedding[...][tokens] * self.config.width**0.5
         return x.astype(self.config.compute_dtype)
 
-    def __call__(self, tokens: jax.Array, cache: Any = None) -> tuple[jax.Array, Any]:
-        """Logits and the cache after these tokens (None if none was given)."""
+    def __call__(
+        self,
+        tokens: jax.Array,
+        cache: Any = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Logits and the cache after these tokens (None if none was given).
+
+        segment_ids `[B, L]`: the document of each token, 0 for padding; see
+        `miras_jax.nn.documents`. None: all tokens go on with one document.
+
+        Both caches are differentiable: what is read in two calls has the gradients of
+        what is read in one, and `jax.lax.stop_gradient` of the cache between them
+        truncates backpropagation there.
+        """
         x = self.embed(tokens)
         graph, params = nnx.split(self.groups)
 
         def read_group(x, inputs):
             params, caches = inputs
-            return nnx.merge(graph, params)(x, caches)
+            return nnx.merge(graph, params)(x, caches, segment_ids)
 
         if self.config.remat == "block":
             read_group = jax.checkpoint(read_group)

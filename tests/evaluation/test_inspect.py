@@ -16,6 +16,7 @@ from miras_jax.evaluation import inspect
 from miras_jax.evaluation.inspect_page import LENSES, page, start_row
 from miras_jax.evaluation.inspect_plots import plot_curves, plot_text
 from miras_jax.nn.attention import Attention
+from miras_jax.nn.documents import locate
 from miras_jax.nn.functional import FunctionalModel
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Model
@@ -59,7 +60,8 @@ def test_every_memory_is_observed_in_the_stream_that_reaches_it(hybrid, reading)
         x, _ = first(whole.embed(document))
         x = second.mixer_norm(x)
         start = second.mixer.start(1, 1, x.dtype)
-        tokens, _ = second.mixer.tokens(x, start.convolution, start.position)
+        places = locate(x.shape[:2], start.last, None)
+        tokens, _ = second.mixer.tokens(x, start.convolution, places)
         rule = second.mixer.config.rule
         head = jax.tree.map(lambda leaf: leaf[1], second.mixer.memory_params)
         tokens = jax.tree.map(lambda leaf: leaf[0, 1], tokens)
