@@ -71,6 +71,13 @@ class Experiment(Choice):
                 raise UserError(
                     f"Experiment.{name} must be at least 1; got {getattr(self, name)}"
                 )
+        alignment, length = self.model.alignment, self.data.context_length
+        if self.data.documents == "packed" and length % alignment:
+            raise UserError(
+                f"Packed documents begin at multiples of {alignment} tokens, as the "
+                f"mixers' chunks do; context_length={length} is none. Use "
+                f"{-(-length // alignment) * alignment}, or documents='joined'"
+            )
 
 
 def load_experiment(path: str | Path) -> Experiment:

@@ -3,6 +3,7 @@
 `prepare` tokenises once into memory-mapped files; `train_batches` and
 `heldout_batches` cut them into windows of `context_length + 1` tokens, the last token
 of a window being the first of the next, so that each is predicted exactly once.
+Windows of packed documents also hold segment ids (see `packing`).
 """
 
 import contextlib
@@ -15,12 +16,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from miras_jax.errors import UserError
 from miras_jax.training import tokenizer as tokenizers
+from miras_jax.training.packing import PackedWindows
 from miras_jax.training.tokenizer import BPE, Bytes, Tokenizer
 
 if TYPE_CHECKING:
@@ -38,14 +40,23 @@ class TextFiles:
     `train` and `heldout` are paths or globs (`**` included), relative to the working
     directory. Each document follows an end-of-text token, so that its first token is
     predicted too.
+
+    documents: "joined" reads a window as one text, whatever documents it is made of;
+    "packed" reads each document as if it were alone, from a place on that suits the
+    model's chunks.
     """
 
     train: tuple[str, ...]
     heldout: tuple[str, ...]
     context_length: int
     tokenizer: Bytes | BPE
+    documents: Literal["joined", "packed"] = "joined"
 
     def __post_init__(self):
+        if self.documents not in ("joined", "packed"):
+            raise UserError(
+                f"TextFiles.documents is 'joined' or 'packed'; got {self.documents!r}"
+            )
         for split in ("train", "heldout"):
             if isinstance(getattr(self, split), str):
                 raise UserError(
@@ -74,6 +85,16 @@ class Prepared:
     heldout_bytes: int
     heldout_words: int
     fingerprint: str
+    documents: Literal["joined", "packed"] = "joined"
+
+    def windows(self, split: Literal["train", "heldout"], alignment: int = 1):
+        """Random access to the windows of a split; documents at multiples of it."""
+        tokens = getattr(self, split)
+        if self.documents == "joined":
+            return Windows(tokens, self.context_length)
+        return PackedWindows(
+            tokens, self.context_length, alignment, self.tokenizer.end_of_text
+        )
 
 
 class Windows:
@@ -114,6 +135,8 @@ def prepare(config: TextFiles, directory: str | Path) -> Prepared:
             )
     choice = {"kind": type(config.tokenizer).__name__, **asdict(config.tokenizer)}
     identity = [_FORMAT, hashes, config.context_length, choice]
+    if config.documents != "joined":
+        identity.append(config.documents)
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     directory = Path(directory)
@@ -159,6 +182,7 @@ def _open(directory: Path, record: dict) -> Prepared:
         heldout_bytes=record["heldout"]["bytes"],
         heldout_words=record["heldout"]["words"],
         fingerprint=record["fingerprint"],
+        documents=record["config"].get("documents", "joined"),
     )
 
 
@@ -167,6 +191,7 @@ def train_batches(
     *,
     batch_size: int,
     seed: int,
+    alignment: int = 1,
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> "grain.experimental.ElasticIterator":
@@ -174,16 +199,18 @@ def train_batches(
 
     `batch_size` is the global batch; each step yields int32
     `[batch_size / shard_count, context_length + 1]`, rows `shard_index::shard_count` of
-    that batch. `get_state()` is a small JSON dict, the same on every shard, from which
-    `set_state` continues exactly under any `shard_count`. A last stretch of text
-    shorter than a window is not trained on.
+    that batch; of packed documents `[..., 2, context_length + 1]`, tokens and segment
+    ids, with documents at multiples of `alignment`. `get_state()` is a small JSON dict,
+    the same on every shard, from which `set_state` continues exactly under any
+    `shard_count`. A last stretch of text shorter than a window is not trained on,
+    unless documents are packed.
 
     UserError: `batch_size` does not fit the shards or exceeds the number of windows.
     """
     import grain  # Slow to import, and only training needs it.
 
     _rows_per_shard(batch_size, shard_index, shard_count)
-    windows = Windows(prepared.train, prepared.context_length)
+    windows = prepared.windows("train", alignment)
     if batch_size > len(windows):
         raise UserError(
             f"batch_size={batch_size} but the training text has only {len(windows)} "
@@ -203,14 +230,16 @@ def heldout_batches(
     prepared: Prepared,
     batch_size: int,
     *,
+    alignment: int = 1,
     shard_index: int = 0,
     shard_count: int = 1,
     limit: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Iterate once, in order, over the held-out windows.
 
-    Yields tokens int32 `[rows, context_length + 1]` and the weights of the predicted
-    tokens, float32 `[rows, context_length]`, with `rows = batch_size / shard_count`.
+    Yields tokens int32 `[rows, context_length + 1]` (of packed documents with segment
+    ids, as in training) and the weights of the predicted tokens, float32 `[rows,
+    context_length]`, with `rows = batch_size / shard_count`.
     All shapes are equal and all shards yield equally often: what is missing in the last
     batch has weight 0. `limit` reads at most that many windows, spread evenly.
 
@@ -218,7 +247,9 @@ def heldout_batches(
     """
     rows = _rows_per_shard(batch_size, shard_index, shard_count)
     length = prepared.context_length
-    count = -(-(len(prepared.heldout) - 1) // length)
+    windows = prepared.windows("heldout", alignment)
+    packed = prepared.documents == "packed"
+    count = len(windows) if packed else -(-(len(prepared.heldout) - 1) // length)
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} leaves no held-out window; use at least 1")
     kept = count if limit is None else min(limit, count)
@@ -226,10 +257,15 @@ def heldout_batches(
 
     def batches():
         for first in range(0, kept, batch_size):
-            tokens = np.zeros((rows, length + 1), np.int32)
+            shape = (rows, 2, length + 1) if packed else (rows, length + 1)
+            tokens = np.zeros(shape, np.int32)
             weights = np.zeros((rows, length), np.float32)
             batch = chosen[first : first + batch_size]
             for row, window in enumerate(batch[shard_index::shard_count]):
+                if packed:
+                    tokens[row] = windows[window]
+                    weights[row] = windows.weights(tokens[row])
+                    continue
                 start = window * length
                 ids = prepared.heldout[start : start + length + 1]
                 tokens[row, : len(ids)] = ids

@@ -241,6 +241,7 @@ class Run:
         batches = data.heldout_batches(
             self.prepared,
             -(-self.experiment.batch_size // rows) * rows,
+            alignment=self.experiment.model.alignment,
             shard_index=part,
             shard_count=parts,
             limit=windows,

@@ -90,9 +90,32 @@ def init_state(model: FunctionalModel, optimizer, key: jax.Array) -> TrainState:
 def token_losses(
     model: FunctionalModel, parameters: Parameters, tokens: jax.Array
 ) -> jax.Array:
-    """Negative log-likelihood in nats of tokens 1 ... L of `[B, L + 1]`: `[B, L]`."""
-    logits, _ = model.apply(parameters, tokens[:, :-1])
+    """Negative log-likelihood in nats of tokens 1 ... L of `[B, L + 1]`: `[B, L]`.
+
+    Of packed documents `[B, 2, L + 1]`, tokens and segment ids, each document is read
+    as if it were alone.
+    """
+    tokens, segment_ids = split_rows(tokens)
+    logits, _ = model.apply(parameters, tokens[:, :-1], segment_ids=segment_ids)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+
+
+def split_rows(rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Tokens `[B, L + 1]`, and the segment ids `[B, L]` of what is read, if any."""
+    return (rows, None) if rows.ndim == 2 else (rows[:, 0], rows[:, 1, :-1])
+
+
+def mean_loss(
+    model: FunctionalModel, parameters: Parameters, rows: jax.Array
+) -> jax.Array:
+    """Nats per predicted token; what follows padding is not predicted."""
+    losses = token_losses(model, parameters, rows)
+    _, segment_ids = split_rows(rows)
+    if segment_ids is None:
+        return jnp.mean(losses)
+    predicted = segment_ids != 0
+    total = jnp.sum(jnp.where(predicted, losses, 0))
+    return total / jnp.maximum(jnp.sum(predicted), 1)
 
 
 def train_step(
@@ -106,12 +129,14 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update on tokens `[B, L + 1]`, skipped if loss or gradient are no good.
 
+    Packed documents come as `[B, 2, L + 1]`, tokens and segment ids.
+
     stop `[devices]`: 1 where a process was asked to stop; the sum reaches all of them
     in the same step.
     """
 
     def loss_of(parameters):
-        return jnp.mean(token_losses(model, parameters, tokens))
+        return mean_loss(model, parameters, tokens)
 
     loss, gradients = jax.value_and_grad(loss_of)(state.parameters)
     norm = optax.tree.norm(gradients)

@@ -51,6 +51,7 @@ def train(experiment: Experiment, workdir: str | Path) -> Result:
         prepared,
         batch_size=experiment.batch_size,
         seed=experiment.seed,
+        alignment=experiment.model.alignment,
         shard_index=part,
         shard_count=parts,
     )
