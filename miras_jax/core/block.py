@@ -7,14 +7,16 @@ W_c) - ((x a^T) * D) (learn d), with the causal decay matrix D.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from miras_jax.core import causal
+from miras_jax.core import causal, window
+from miras_jax.core.algorithm.muon import TINY_SQUARE
 from miras_jax.core.bias import L2, DotProduct
 from miras_jax.core.rule import Rule
-from miras_jax.core.types import Params, Rates, State, Tokens, state_dtype
+from miras_jax.core.types import Params, Past, Rates, State, Tokens, state_dtype
 
 EXACT_READOUT_TOKENS = 8
 """Tokens whose own weights are materialised at once by the exact readout."""
@@ -22,7 +24,8 @@ EXACT_READOUT_TOKENS = 8
 
 def solves(rule: Rule) -> bool:
     """Whether gradients inside a block depend on each other linearly (delta rule)."""
-    return rule.chunk_size == 1 and rule.memory.is_linear and rule.bias == L2()
+    exact = rule.chunk_size == 1 and rule.algorithm.window == 1
+    return exact and rule.memory.is_linear and rule.bias == L2()
 
 
 def parallel_tokens(rule: Rule, rates: Rates, tile: int) -> int:
@@ -36,7 +39,7 @@ def parallel_tokens(rule: Rule, rates: Rates, tile: int) -> int:
     """
     if rule.chunk_size > 1:
         return rule.chunk_size
-    if not rule.retention.is_identity:
+    if not rule.is_plain:
         return 1
     if rule.bias == DotProduct() and rule.memory.is_affine:
         return tile
@@ -74,7 +77,8 @@ def block(
     rates = Rates(*(_column(rate) for rate in rates))
     rates = rates._replace(learn=rule.algorithm.step_size(rates.learn, keys))
     matrices = len(state.dual)
-    flow = partial(_flows, rule, rates, matrices, keys, written)
+    seen, past = _window(rule, state, keys, values, rates, written)
+    flow = partial(_flows, rule, rates, matrices, keys, written, seen)
 
     anchor_dual = state.dual if aligned else state.anchor
     anchor = tuple(rule.retention.weights(a) for a in anchor_dual)
@@ -86,34 +90,54 @@ def block(
         inputs, cotangents = _solve(dot, rule, flow, state, keys, values, rates)
     else:
         starts = flow("between") if rule.algorithm.at == "retained" else None
-        inputs, cotangents = _factors(
-            dot, rule, params, anchor, keys, values, rates, starts
-        )
+        inputs, cotangents = _factors(dot, rule, params, anchor, seen, starts)
 
-    flows = flow("after")
-    learn = _per_matrix((rates.learn, rates.learn), rule.learn_sides(matrices), keys)
-    for i, (side, rate) in enumerate(learn):
+    strides = _strides(rule, rates, state, keys) if rule.algorithm.strides else None
+    scaling = [None] * matrices
+    learn, sides = seen.learn, rule.learn_sides(matrices)
+    for i, (side, rate) in enumerate(_per_matrix((learn, learn), sides, seen.keys)):
         if rule.algorithm.erases:
-            flows[i] = flows[i]._replace(steps=causal.SumSteps(flows[i].steps))
-        elif side == "in":
+            continue
+        if side == "in":
             inputs[i] = rate * inputs[i]
         elif side == "out" or rule.reads_exactly:
             cotangents[i] = rate * cotangents[i]
-        elif rates.learn is not None:
-            # Into the [C, C] coefficients: cheaper than into the factors.
-            flows[i] = flows[i].scaled(rate)
+        elif learn is not None:
+            scaling[i] = rate
 
-    after = _advance(dot, rule, flows, state, inputs, cotangents, len(keys))
+    def weighted(flows):
+        if rule.algorithm.erases:
+            return [f._replace(steps=causal.SumSteps(f.steps)) for f in flows]
+        # Into the [C, C] coefficients: cheaper than into the factors.
+        pairs = zip(flows, scaling, strict=True)
+        return [flow if rate is None else flow.scaled(rate) for flow, rate in pairs]
+
+    flows = weighted(flow("after"))
+    after = _advance(dot, rule, flows, state, inputs, cotangents, strides, len(keys))
+    after = after._replace(past=past)
     if not rule.has_anchor:
-        after = after._replace(dual=rule.settled(state.dual, after.dual))
+        settled = rule.settled(state.dual, after.dual, after.momentum, after.stride)
+        after = after._replace(dual=settled, stride=())
     if rule.reads_exactly:
         read = partial(_read_exactly, rule, params, anchor_dual, state, queries)
-        outputs = read(rates, inputs, cotangents, written)
+        outputs = read(rates, inputs, cotangents, written, seen.sums)
+    elif rule.readout == "start" and (rule.has_anchor or not rule.is_plain):
+        outputs = rule.memory.read(lambda i, x: dot(x, anchor[i]), params, queries)
     else:
-        base = anchor if aligned else rule.weights(state)
+        flows = weighted(flow("before")) if rule.readout == "start" else flows
+        base = anchor if aligned else rule.linear_part(state)
         scales = tuple(rule.retention.scale(a) for a in anchor_dual)
         product = partial(
-            _product, dot, rule, flows, base, scales, state.momentum, inputs, cotangents
+            _product,
+            dot,
+            rule,
+            flows,
+            base,
+            scales,
+            state.momentum,
+            strides,
+            inputs,
+            cotangents,
         )
         outputs = rule.memory.read(product, params, queries)
     return outputs, after
@@ -150,21 +174,53 @@ def _keep(rule, rates, matrices, keys):
     return _per_matrix(rule.keeps(rates), rule.sides(matrices), keys)
 
 
-def _flows(rule, rates, matrices, keys, written, when):
+class _Seen(NamedTuple):
+    """The pairs whose gradients the block takes: its own and those of its window."""
+
+    keys: jax.Array  # [n, K]
+    values: jax.Array
+    learn: jax.Array | None  # [n, 1 or V], what multiplies their gradients
+    threshold: jax.Array | None
+    sums: jax.Array | None = None  # [C, n], which of them make a token's step
+
+
+def _window(rule, state, keys, values, rates, written):
+    """These pairs, and the last of them for the blocks to come."""
+    # Where learn is the stride's, what leaves no trace is taken out of the gradients.
+    learn = written if rule.algorithm.strides else rates.learn
+    own = _Seen(keys, values, learn, rates.threshold)
+    if rule.algorithm.window == 1:
+        return own, ()
+    ones = jnp.ones((len(keys), 1), keys.dtype)
+    own = own._replace(learn=ones if learn is None else learn)
+    view = window.window(rule.algorithm.window, ones if written is None else written)
+    both = [
+        None if block is None else view.rows(past, block)
+        for past, block in zip(state.past, own[:4], strict=True)
+    ]
+    past = Past(
+        *(
+            before if rows is None else view.ending(rows, before.shape[1])
+            for rows, before in zip(both, state.past, strict=True)
+        )
+    )
+    return _Seen(*both, view.sums), past
+
+
+def _flows(rule, rates, matrices, keys, written, seen, when):
     """The recurrences of each matrix; those of the same keep are one and the same."""
     made = {}
     flows = []
     for side, keep in _keep(rule, rates, matrices, keys):
         if (side, id(keep)) not in made:
             log_keep = jax.tree.map(causal.safe_log, keep)
-            made[side, id(keep)] = rule.algorithm.flow(
-                log_keep, rates.momentum, side, when, written
-            )
+            flow = rule.algorithm.flow(log_keep, rates.momentum, side, when, written)
+            made[side, id(keep)] = flow if seen.sums is None else flow.summed(seen.sums)
         flows.append(made[side, id(keep)])
     return flows
 
 
-def _factors(dot, rule, params, weights, keys, values, rates, starts):
+def _factors(dot, rule, params, weights, seen, starts):
     """a_s, d_s of every matrix: dl/dW = a_s d_s^T at the given weights (point 1).
 
     a is the input of each product; d, the gradient at its output, is that with respect
@@ -179,11 +235,11 @@ def _factors(dot, rule, params, weights, keys, values, rates, starts):
                 return dot(x, weights[i]) + slack[i]
             return starts[i].start.read(dot, x, weights[i]) + slack[i]
 
-        return rule.memory.read(product, params, keys), tuple(inputs)
+        return rule.memory.read(product, params, seen.keys), tuple(inputs)
 
-    slack = [jnp.zeros((len(keys), w.shape[1]), keys.dtype) for w in weights]
+    slack = [jnp.zeros((len(seen.keys), w.shape[1]), w.dtype) for w in weights]
     predictions, pull_back, inputs = jax.vjp(write, slack, has_aux=True)
-    cotangent = rule.bias.cotangent(predictions, values, rates.threshold)
+    cotangent = rule.bias.cotangent(predictions, seen.values, seen.threshold)
     (cotangents,) = pull_back(cotangent)
     return list(inputs), list(cotangents)
 
@@ -228,27 +284,63 @@ def _solve_erasing(dot, rule, flow, state, keys, values, rates, erase_keys):
     return [(erased, keys)], [(recalled, -written)]
 
 
-def _advance(dot, rule, flows, state, inputs, cotangents, length) -> State:
+def _strides(rule, rates, state, keys):
+    """stride_t of each matrix, as what multiplies a step's inputs or outputs.
+
+    Of a matrix on whose inputs the gate acts it is a column, else a row.
+    """
+    matrices = len(state.dual)
+    sides = rule.sides(matrices)
+    before = state.stride or (jnp.zeros((1, 1), keys.dtype),) * matrices
+    learn = jnp.ones((len(keys), 1), keys.dtype) if rates.learn is None else rates.learn
+    dot = causal.make_dot(keys.dtype, keys.dtype)
+    ones = jnp.ones_like(learn)
+    strides = []
+    for (side, keep), of, start in zip(
+        _keep(rule, rates, matrices, keys), sides, before, strict=True
+    ):
+        start = start.T if of == "in" else start
+        flow = causal.decay_flow(causal.safe_log(keep), "out" if side else None)
+        step = learn * jnp.ones((1, max(keep.shape[1], start.shape[1])), keys.dtype)
+        each = flow.start.kept * start + flow.steps.read(dot, ones, ones, step)
+        total = flow.start.total * start + flow.steps.end(dot, ones, step)
+        strides.append(causal.Carried(each, total, "in" if of == "in" else "out"))
+    return strides
+
+
+def _advance(dot, rule, flows, state, inputs, cotangents, strides, length):
     """Points 2 and 3 for the whole block."""
     dual, momentum, kept = [], [], []
     for i, (flow, a, d) in enumerate(zip(flows, inputs, cotangents, strict=True)):
-        total = flow.start.end(state.dual[i]) - flow.steps.end(dot, a, d)
+        total = flow.start.end(state.dual[i])
+        if not rule.algorithm.settles:
+            total = total - flow.steps.end(dot, a, d)
         if flow.momentum is not None:
             m = state.momentum[i]
-            total = total + flow.momentum_in_dual.end(m)
             carried, steps = flow.momentum
             momentum.append(carried.end(m) - steps.end(dot, a, d))
+        if flow.momentum_in_dual is not None:
+            total = total + flow.momentum_in_dual.end(state.momentum[i])
         dual.append(total)
         if state.kept:
             kept.append(flow.start.factor * state.kept[i])
     position = rule.moved(state, length)
-    return State(tuple(dual), state.anchor, tuple(kept), tuple(momentum), position)
+    stride = tuple(stride.factor for stride in strides or ())
+    return State(
+        tuple(dual), state.anchor, tuple(kept), tuple(momentum), position, stride
+    )
 
 
-def _product(dot, rule, flows, base, scales, momentum, inputs, cotangents, i, x):
+def _product(
+    dot, rule, flows, base, scales, momentum, strides, inputs, cotangents, i, x
+):
     """Point 4, linear: x W_t = K_t (x B) - scale ((x a^T) * D) (learn d)."""
     flow = flows[i]
-    own = -flow.steps.read(dot, x, inputs[i], cotangents[i])
+    if rule.algorithm.settles:
+        stride = strides[i] if strides else None
+        own = _provisional(dot, flow, momentum[i], stride, inputs[i], cotangents[i], x)
+    else:
+        own = -flow.steps.read(dot, x, inputs[i], cotangents[i])
     if flow.momentum_in_dual is not None:
         own = own + flow.momentum_in_dual.read(dot, x, momentum[i])
     if not rule.retention.is_identity:
@@ -256,8 +348,27 @@ def _product(dot, rule, flows, base, scales, momentum, inputs, cotangents, i, x)
     return flow.start.read(dot, x, base[i]) + own
 
 
+def _provisional(dot, flow, momentum, stride, a, d, x):
+    """x (stride_t m_t / |m_t|), the norm of m_t by products of its factors alone."""
+    carried, steps = flow.momentum
+    full = causal.make_dot(x.dtype, x.dtype)
+    kept, mix = carried.kept, steps.mix
+    cross = jnp.sum(full(a, momentum) * d, axis=1, keepdims=True)
+    square = (
+        kept**2 * jnp.sum(momentum**2)
+        - 2 * kept * full(mix, cross)
+        + jnp.sum(full(mix, full(a, a.T) * full(d, d.T)) * mix, axis=1, keepdims=True)
+    )
+    if stride is not None and stride.side == "in":
+        x = x * stride.kept
+    own = carried.read(dot, x, momentum) - steps.read(dot, x, a, d)
+    if stride is not None and stride.side == "out":
+        own = own * stride.kept
+    return own * jax.lax.rsqrt(jnp.maximum(square, 0) + TINY_SQUARE)
+
+
 def _read_exactly(
-    rule, params, anchor, state, queries, rates, inputs, cotangents, written
+    rule, params, anchor, state, queries, rates, inputs, cotangents, written, sums
 ):
     """Point 4, exact: W_t = weights(settle(A_c, A_t)), for a few tokens at a time."""
     size, matrices = len(queries), len(state.dual)
@@ -266,6 +377,9 @@ def _read_exactly(
     sides, keeps = zip(*_keep(rule, rates, matrices, queries), strict=True)
     momentum = ones if rates.momentum is None else rates.momentum
     written = ones if written is None else written
+    strides = ()
+    if rule.algorithm.strides:
+        strides = tuple(s.kept for s in _strides(rule, rates, state, queries))
 
     def grouped(x):
         x = jnp.pad(x, ((0, -size % group), (0, 0)))
@@ -273,17 +387,27 @@ def _read_exactly(
 
     def read_group(carry, tokens):
         duals, runnings = carry
-        queries, keeps, momentum, written, inputs, cotangents = tokens
+        queries, keeps, momentum, written, strides, pairs = tokens
         after, running_after = [], []
         for i in range(matrices):
-            step = -inputs[i][:, :, None] * cotangents[i][:, None, :]
+            if sums is None:
+                a, d = pairs[i]
+                step = -a[:, :, None] * d[:, None, :]
+            else:
+                step = -jnp.einsum("ti,ik,iv->tkv", pairs, inputs[i], cotangents[i])
             if runnings:
                 step = causal.affine_scan(momentum[:, None], step, runnings[i])
                 running_after.append(step)
             keep = jnp.expand_dims(keeps[i], 2 if sides[i] == "in" else 1)
-            step = written[:, None] * step
-            after.append(causal.affine_scan(keep, step, duals[i]))
-        settled = jax.vmap(partial(rule.settled, anchor))(tuple(after))
+            entering = 0 if rule.algorithm.settles else written[:, None]
+            after.append(causal.affine_scan(keep, entering * step, duals[i]))
+        strides = tuple(
+            jnp.expand_dims(s, 2 if side == "in" else 1)
+            for s, side in zip(strides, rule.sides(matrices), strict=False)
+        )
+        settled = jax.vmap(partial(rule.settled, anchor))(
+            tuple(after), tuple(running_after), strides
+        )
         weights = [jax.vmap(rule.retention.weights)(a) for a in settled]
 
         def product(i, x):
@@ -292,7 +416,9 @@ def _read_exactly(
         outputs = rule.memory.read(product, params, queries)
         return (_last(after), _last(running_after)), outputs
 
-    columns = (queries, keeps, momentum, written, inputs, cotangents)
+    # With a window all pairs are at hand, and which of them a token takes is its own.
+    pairs = tuple(zip(inputs, cotangents, strict=True)) if sums is None else sums
+    columns = (queries, keeps, momentum, written, strides, pairs)
     _, outputs = jax.lax.scan(
         jax.checkpoint(read_group),
         (state.dual, state.momentum),

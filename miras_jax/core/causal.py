@@ -88,6 +88,9 @@ class Steps(Protocol):
     def scaled(self, rate: jax.Array) -> "Steps":
         """The same for steps rate_s a_s d_s^T, rate `[C, 1]`."""
 
+    def summed(self, sums: jax.Array) -> "Steps":
+        """The same for steps sum_i sums_si a_i d_i^T, sums `[C, n]`."""
+
     def scores(self, dot: Dot, x: jax.Array, a: jax.Array) -> jax.Array:
         """x_t^T D_ts a_s, zero for s that t does not see: `[C, C]`."""
 
@@ -106,6 +109,9 @@ class TokenSteps(NamedTuple):
 
     def scaled(self, rate):
         return TokenSteps(self.mix * rate.T, self.to_end * rate)
+
+    def summed(self, sums):
+        return TokenSteps(self.mix @ sums, sums.T @ self.to_end)
 
     def scores(self, dot, x, a):
         return dot(x, a.T) * self.mix
@@ -135,6 +141,12 @@ class ChannelSteps(NamedTuple):
 
     def scaled(self, rate):
         return self._replace(rate=rate)
+
+    def summed(self, sums):
+        side, log_keep = (
+            ("out", self.log_out) if self.log_in is None else ("in", self.log_in)
+        )
+        return DenseSteps(*_dense(log_keep, self.when), side).summed(sums)
 
     def _narrow(self, a, d):
         """The factors of the steps, the rate multiplied into the narrower one."""
@@ -249,6 +261,10 @@ class DenseSteps(NamedTuple):
         mix = self.mix * rate.T[:, :, None]
         return DenseSteps(mix, self.to_end * rate, self.side)
 
+    def summed(self, sums):
+        mix = jnp.einsum("tic,is->tsc", self.mix, sums)
+        return DenseSteps(mix, sums.T @ self.to_end, self.side)
+
     def scores(self, dot, x, a):
         return jnp.einsum("ti,si,tsi->ts", x, a, self.mix)
 
@@ -275,6 +291,11 @@ class Flow(NamedTuple):
         """The same for steps rate_s a_s d_s^T, rate `[C, 1]`."""
         momentum = self.momentum and (self.momentum[0], self.momentum[1].scaled(rate))
         return self._replace(steps=self.steps.scaled(rate), momentum=momentum)
+
+    def summed(self, sums: jax.Array) -> "Flow":
+        """The same for steps sum_i sums_si a_i d_i^T, sums `[C, n]`."""
+        momentum = self.momentum and (self.momentum[0], self.momentum[1].summed(sums))
+        return self._replace(steps=self.steps.summed(sums), momentum=momentum)
 
 
 def decay_flow(
@@ -313,6 +334,16 @@ def _decay(log_decay: jax.Array, causal: np.ndarray) -> jax.Array:
     return jnp.where(mask, jnp.exp(jnp.where(mask, log_decay, 0)), 0)
 
 
+def _dense(log_keep: jax.Array, when: When) -> tuple[jax.Array, jax.Array]:
+    """D_ts `[C, C, channels]` and D_Cs `[C, channels]`, one number per channel."""
+    size = log_keep.shape[0]
+    seen = prefix_sum(np.tri(size, k=-1 if when == "before" else 0), log_keep)
+    sums = prefix_sum(np.tri(size), log_keep)
+    causal = np.tri(size, k=0 if when == "after" else -1)[:, :, None]
+    mix = _decay(seen[:, None] - sums[None], causal)
+    return mix, jnp.exp(prefix_sum(np.tri(size, k=-1).T, log_keep))
+
+
 def momentum_flow(
     log_keep: jax.Array,
     log_momentum: jax.Array,
@@ -332,22 +363,13 @@ def momentum_flow(
     if isinstance(steps, TokenSteps):
         if written is not None:
             steps = TokenSteps(steps.mix * written.T, steps.to_end * written)
-        composed = TokenSteps(steps.mix @ own.steps.mix, own.steps.mix.T @ steps.to_end)
+        composed = steps.summed(own.steps.mix)
         carried = steps.mix @ through
     else:
-        size = log_keep.shape[0]
-        seen = prefix_sum(np.tri(size, k=-1 if when == "before" else 0), log_keep)
-        sums = prefix_sum(np.tri(size), log_keep)
-        causal = np.tri(size, k=0 if when == "after" else -1)[:, :, None]
-        mix = _decay(seen[:, None] - sums[None], causal)
-        to_end = jnp.exp(prefix_sum(np.tri(size, k=-1).T, log_keep))
+        mix, to_end = _dense(log_keep, when)
         if written is not None:
             mix, to_end = mix * written[None], to_end * written
-        composed = DenseSteps(
-            jnp.einsum("trc,rs->tsc", mix, own.steps.mix),
-            own.steps.mix.T @ to_end,
-            side,
-        )
+        composed = DenseSteps(mix, to_end, side).summed(own.steps.mix)
         carried = jnp.einsum("trc,r->tc", mix, through[:, 0])
         steps = TokenSteps(mix, to_end)
     at_end = jnp.sum(steps.to_end * through, axis=0, keepdims=True)

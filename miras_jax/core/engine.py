@@ -198,15 +198,15 @@ def _run_blocks(scan, rule, params, state, tokens, documents):
 
 
 def _scan_blocks(scan, rule, params, state, blocks):
-    """Whole chunks, from a chunk's start: the carry is only dual and momentum."""
+    """Whole chunks, from a chunk's start: nothing of the last chunk is carried."""
 
     def step(carry, tokens, params):
         state = rule.open_chunk(*carry)
         outputs, state = block(rule, params, state, tokens, aligned=True)
         state = rule.close(state, True)
-        return (state.dual, state.momentum), outputs
+        return (state.dual, state.momentum, state.past), outputs
 
-    carry = (state.dual, state.momentum)
+    carry = (state.dual, state.momentum, state.past)
     carry, outputs = scan(step, carry, blocks, params)
     return outputs.reshape(-1, outputs.shape[-1]), rule.open_chunk(*carry)
 

@@ -9,9 +9,11 @@ points of one chunk (Miras, section 5.4):
 3. A_s = keep_s A_{s-1} + step_s, hence A_s = K_s A_c + U_s.
 4. Token s is read after its own write: at W_s = weights(settle(A_c, A_s)) (readout
    "exact"), or at W_s = K_s W_c + scale(A_c) U_s ("linear": no nonlinearity inside the
-   chunk).
-5. At the chunk's end A = settle(A_c, A) and W = weights(A), always exact. `settle` does
-   nothing but for proximal gates, whose step it is.
+   chunk); or, with all tokens of its chunk, before any of their writes, at W_c
+   ("start", apply-then-update: LaCT, arXiv 2505.23884, section 3.1).
+5. At the chunk's end A = settle(A_c, A) and W = weights(A), always exact. `settle` is
+   the step of algorithms that take theirs there, then that of proximal gates; of all
+   others it does nothing.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from miras_jax.core import attention
+from miras_jax.core import attention, window
 from miras_jax.core.algorithm import Algorithm, GradientDescent, NonParametric
 from miras_jax.core.bias import L2, Bias
 from miras_jax.core.memory import Cache, Memory
@@ -28,6 +30,7 @@ from miras_jax.core.retention import Decay, Keep, Retention
 from miras_jax.core.types import (
     Choice,
     Params,
+    Past,
     Rates,
     Side,
     State,
@@ -43,7 +46,8 @@ class Rule(Choice):
     """A Miras sequence layer: four choices, the chunk size and the readout.
 
     chunk_size and readout are part of the model: they change the function computed.
-    With chunk_size=1 both readouts are the paper's recurrence per token.
+    With chunk_size=1 "linear" and "exact" are the paper's recurrence per token, and
+    "start" reads it one token earlier.
     """
 
     memory: Memory
@@ -51,12 +55,13 @@ class Rule(Choice):
     retention: Retention = Decay()
     algorithm: Algorithm = GradientDescent()
     chunk_size: int = 64
-    readout: Literal["linear", "exact"] = "linear"
+    readout: Literal["linear", "exact", "start"] = "linear"
 
     def __post_init__(self):
-        if self.readout not in ("linear", "exact"):
+        if self.readout not in ("linear", "exact", "start"):
             raise UserError(
-                f"Rule(readout=...) is 'linear' or 'exact'; got {self.readout!r}."
+                "Rule(readout=...) is 'linear', 'exact' or 'start'; "
+                f"got {self.readout!r}."
             )
         if (self.keeps_tokens or self.algorithm == NonParametric()) and not (
             self.keeps_tokens
@@ -97,12 +102,14 @@ class Rule(Choice):
                 f"{self.chunk_size} and {self.retention}. Use GradientDescent()."
             )
         if self.retention.axis == "both" and (
-            self.memory.entries == 0 or "momentum" in self.algorithm.rates
+            self.memory.entries == 0
+            or "momentum" in self.algorithm.rates
+            or self.algorithm.window > 1
         ):
             raise UserError(
                 f"{self.retention} needs a memory with a key axis and an algorithm "
-                f"without momentum; got {self.memory} and {self.algorithm}. Use "
-                "retention.Decay(axis='value')."
+                f"without momentum or window; got {self.memory} and {self.algorithm}. "
+                "Use retention.Decay(axis='value')."
             )
 
     @property
@@ -119,12 +126,22 @@ class Rule(Choice):
         return ("learn", *(name for names in used for name in names))
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the weights are the dual, at every token."""
+        return self.retention.is_identity and not self.algorithm.settles
+
+    @property
+    def settles(self) -> bool:
+        """Whether the end of a chunk takes a step of its own."""
+        return self.retention.settles or self.algorithm.settles
+
+    @property
     def reads_exactly(self) -> bool:
-        """Whether tokens are read through the retention map of their own dual."""
+        """Whether tokens are read as if their chunk ended with them."""
         # With one token per chunk the linear readout would still apply the map's scale
         # instead of the map; the paper's recurrence is the map.
-        exact = self.readout == "exact" or self.chunk_size == 1
-        return exact and not self.retention.is_identity
+        single = self.readout == "linear" and self.chunk_size == 1
+        return (self.readout == "exact" or single) and not self.is_plain
 
     @property
     def has_anchor(self) -> bool:
@@ -144,30 +161,53 @@ class Rule(Choice):
             return attention.start(self.memory.window, params)
         dtype = state_dtype(*params.weights)
         dual = tuple(self.retention.dual(w.astype(dtype)) for w in params.weights)
-        return self.open_chunk(dual, self.algorithm.start(dual))
+        past = window.empty(self.algorithm.window, dual, self.memory.entries)
+        return self.open_chunk(dual, self.algorithm.start(dual), past)
 
-    def open_chunk(self, dual: Weights, momentum: Weights) -> State:
+    def open_chunk(self, dual: Weights, momentum: Weights, past: Past | tuple) -> State:
         """The state at the start of a chunk."""
-        separate = self.has_anchor and not self.retention.is_identity
+        separate = self.has_anchor and not self.is_plain
         kept = tuple(
             jnp.ones((w.shape[0], 1) if side == "in" else (1, w.shape[1]), w.dtype)
             for w, side in zip(dual, self.sides(len(dual)), strict=True)
         )
+        strides = self.has_anchor and self.algorithm.strides
         return State(
             dual=dual,
             anchor=dual if self.has_anchor else (),
             kept=kept if separate else (),
             momentum=momentum,
+            stride=tuple(jnp.zeros_like(k) for k in kept) if strides else (),
+            past=past,
         )
 
     def weights(self, state: State) -> Weights:
         """The current weights W_s, those with which a query would be read now."""
-        if not self.has_anchor or self.reads_exactly or self.retention.is_identity:
+        if self.has_anchor and self.readout == "start":
+            return tuple(self.retention.weights(a) for a in state.anchor)
+        if not self.has_anchor or self.reads_exactly or self.is_plain:
             dual = state.dual
-            if self.has_anchor and self.retention.settles:
-                settled = self.settled(state.anchor, dual)
+            if self.has_anchor and self.settles:
+                settled = self.settled(state.anchor, *self._ending(state))
                 dual = _where(state.position == 0, dual, settled)
             return tuple(self.retention.weights(a) for a in dual)
+        weights = self.linear_part(state)
+        if self.algorithm.settles:
+            stride = state.stride or (1.0,) * len(weights)
+            weights = tuple(
+                w + self.retention.scale(anchor) * self.algorithm.provisional(m, size)
+                for w, anchor, m, size in zip(
+                    weights, state.anchor, state.momentum, stride, strict=True
+                )
+            )
+            start = tuple(self.retention.weights(a) for a in state.anchor)
+            weights = _where(state.position == 0, start, weights)
+        return weights
+
+    def linear_part(self, state: State) -> Weights:
+        """Those of the linear readout, but for the step that `settle` is to take."""
+        if self.is_plain:
+            return state.dual
         return tuple(
             # At a chunk's start kept is 1 and dual the anchor: the exact map.
             kept * self.retention.weights(anchor)
@@ -232,6 +272,13 @@ class Rule(Choice):
                 f"{self.algorithm} needs tokens.erase_keys, of the shape of keys; the "
                 "tokens bring none."
             )
+        if self.algorithm.strides and rates.learn is not None:
+            if rates.learn.ndim == ndim:
+                raise UserError(
+                    f"{self.algorithm} multiplies its step by a learn of one number "
+                    f"per token; got a channel-wise one of shape {rates.learn.shape}. "
+                    "Use learn='inside'."
+                )
         if rates.momentum is not None and rates.momentum.ndim != ndim - 1:
             raise UserError(
                 "rates.momentum is one number per token, not channel-wise; got shape "
@@ -244,12 +291,19 @@ class Rule(Choice):
                 f"number per token; got a channel-wise one of shape {rates.keep.shape}."
             )
 
-    def settled(self, anchor: Weights, dual: Weights) -> Weights:
+    def settled(
+        self, anchor: Weights, dual: Weights, momentum: Weights, stride: Weights
+    ) -> Weights:
         """The dual at a chunk's end, from what the chunk made of its anchor."""
+        dual = self.algorithm.settle(dual, momentum, stride)
         if not self.retention.settles:
             return dual
         pairs = zip(anchor, dual, strict=True)
         return tuple(self.retention.settle(a, d) for a, d in pairs)
+
+    @staticmethod
+    def _ending(state: State) -> tuple[Weights, Weights, Weights]:
+        return state.dual, state.momentum, state.stride
 
     def sides(self, matrices: int) -> tuple[Side | None, ...]:
         """The axis along which a channel-wise keep acts on each matrix, None: none."""
@@ -285,19 +339,33 @@ class Rule(Choice):
         queries, keys, values, rates, erase_keys = token
         learn = self.algorithm.step_size(rates.learn, keys)
         anchor_dual = state.anchor if self.has_anchor else state.dual
-        anchor = tuple(self.retention.weights(a) for a in anchor_dual)
+        opening = anchor = tuple(self.retention.weights(a) for a in anchor_dual)
         keep = self._spread(*self.keeps(rates), self.sides(len(anchor)))
-        learn = self._spread(learn, learn, self.learn_sides(len(anchor)))
+        learn = jnp.ones(()) if learn is None else learn
+        stride = ()
+        if self.algorithm.strides:
+            before = state.stride or (0.0,) * len(anchor)
+            pairs = zip(keep, before, strict=True)
+            stride = tuple(k * size + learn for k, size in pairs)
+            learn = jnp.ones_like(learn)
         if self.algorithm.at == "retained":
             anchor = tuple(k * w for k, w in zip(keep, anchor, strict=True))
 
-        def predict(weights):
-            return self._read(params, weights, keys)
+        def update(keys, values, learn, threshold):
+            prediction, pull_back = jax.vjp(
+                lambda weights: self._read(params, weights, keys), anchor
+            )
+            cotangent = self.bias.cotangent(prediction, values, threshold)
+            (gradient,) = pull_back(-values if self.algorithm.erases else cotangent)
+            learn = self._spread(learn, learn, self.learn_sides(len(anchor)))
+            return [-rate * g for rate, g in zip(learn, gradient, strict=True)]
 
-        prediction, pull_back = jax.vjp(predict, anchor)
-        cotangent = self.bias.cotangent(prediction, values, rates.threshold)
-        (gradient,) = pull_back(-values if self.algorithm.erases else cotangent)
-        step = [-rate * g for rate, g in zip(learn, gradient, strict=True)]
+        pair, past = (keys, values, learn, rates.threshold), ()
+        if self.algorithm.window == 1:
+            step = update(*pair)
+        else:
+            pairs, past = window.slide(state.past, *pair)
+            step = [jnp.sum(u, axis=0) for u in jax.vmap(update)(*pairs)]
         if self.algorithm.erases:
             recalled = self._read(params, anchor, erase_keys)
             (erase,) = self._spread(rates.erase, None, ("in",))
@@ -311,11 +379,13 @@ class Rule(Choice):
             momentum += [] if carried is None else [carried]
         dual, momentum = tuple(dual), tuple(momentum)
         if not self.has_anchor:
-            dual = self.settled(state.dual, dual)
+            dual = self.settled(state.dual, dual, momentum, stride)
+            stride = ()
         kept = tuple(k * f for k, f in zip(state.kept, keep, strict=False))
         position = self.moved(state, 1)
-        state = State(dual, state.anchor, kept, momentum, position)
-        output = self._read(params, self.weights(state), queries)
+        state = State(dual, state.anchor, kept, momentum, position, stride, past)
+        weights = opening if self.readout == "start" else self.weights(state)
+        output = self._read(params, weights, queries)
         return output, self.close(state, state.position == self.chunk_size)
 
     def _read(self, params, weights, x):
@@ -341,14 +411,16 @@ class Rule(Choice):
         """Point 5: where the chunk is complete, its end is the next one's start."""
         if not self.has_anchor or complete is False:
             return state
-        dual = self.settled(state.anchor, state.dual)
+        dual = self.settled(state.anchor, *self._ending(state))
         ones = tuple(jnp.ones_like(k) for k in state.kept)
+        zeros = tuple(jnp.zeros_like(s) for s in state.stride)
         position = 0 if complete is True else jnp.where(complete, 0, state.position)
         return state._replace(
             dual=_where(complete, dual, state.dual),
             anchor=_where(complete, dual, state.anchor),
             kept=_where(complete, ones, state.kept),
             position=position,
+            stride=_where(complete, zeros, state.stride),
         )
 
 

@@ -8,6 +8,8 @@ that has no piece here is written by its name.
     αₜ, ηₜ, μₜ     rates keep, learn, momentum: numbers, or one per channel
     ∇ℓ             gradient of the bias at the weights of the chunk's start
     r              M(kₜ) - vₜ
+    O              orthogonalised (Muon)
+    Σ₁₆            the sum over the last 16 tokens (Omega)
 """
 
 import re
@@ -68,12 +70,16 @@ def state_size(rule: Rule, dim: int = HEAD_DIM) -> int:
 def brief(choice: Choice) -> str:
     """A choice by its name and what differs from its defaults."""
     parts = [
-        field.name if value is True else f"{field.name}={value}"
+        field.name if value is True else f"{field.name}={_short(value)}"
         for field in fields(choice)
         if (value := getattr(choice, field.name)) != field.default
     ]
     name = type(choice).__name__
     return f"{name}({', '.join(parts)})" if parts else name
+
+
+def _short(value) -> str:
+    return brief(value) if isinstance(value, Choice) else str(value)
 
 
 def loss(choice: bias.Bias) -> str:
@@ -144,13 +150,21 @@ def _recurrence(rule: Rule) -> list[str]:
     """Step and recurrence of the dual, or of the weights where these are the same."""
     name = "A" if _has_dual(rule.retention) else "W"
     before = f"{_kept(rule.retention)}{name}ₜ₋₁"
-    match rule.algorithm:
+    learner, gradient = rule.algorithm, "∇ℓ"
+    if isinstance(learner, algorithm.Omega):
+        last = str(learner.window).translate(_SUBSCRIPTS)
+        learner, gradient = learner.inner, f"Σ{last} ∇ℓ"
+    match learner:
         case algorithm.GradientDescent() | algorithm.Implicit():
-            return [f"{name}ₜ = {before} − ηₜ ∇ℓ"]
+            return [f"{name}ₜ = {before} − ηₜ {gradient}"]
+        case algorithm.Muon(learn="outside"):
+            return [f"{name}ₜ = {before} + ηₜ O(Sₜ)", f"Sₜ = μₜ Sₜ₋₁ − {gradient}"]
+        case algorithm.Muon():
+            return [f"{name}ₜ = {before} + O(Sₜ)", f"Sₜ = μₜ Sₜ₋₁ − ηₜ {gradient}"]
         case algorithm.Momentum():
-            return [f"{name}ₜ = {before} + Sₜ", "Sₜ = μₜ Sₜ₋₁ − ηₜ ∇ℓ"]
+            return [f"{name}ₜ = {before} + Sₜ", f"Sₜ = μₜ Sₜ₋₁ − ηₜ {gradient}"]
         case other:
-            return [f"{name}ₜ = {before} + {type(other).__name__}(−ηₜ ∇ℓ)"]
+            return [f"{name}ₜ = {before} + {type(other).__name__}(−ηₜ {gradient})"]
 
 
 def _kept(gate: retention.Retention) -> str:

@@ -70,6 +70,15 @@ class Params(NamedTuple):
     norm_bias: jax.Array | None = None  # [V]
 
 
+class Past(NamedTuple):
+    """The last pairs, whose gradients the next steps take again (window > 1)."""
+
+    keys: jax.Array  # [window - 1, K]
+    values: jax.Array  # [window - 1, V]
+    learn: jax.Array  # [window - 1, V], what multiplies their gradients
+    threshold: jax.Array  # [window - 1, V]
+
+
 class State(NamedTuple):
     """Only what the next token needs. Empty tuples where a rule needs nothing.
 
@@ -78,6 +87,9 @@ class State(NamedTuple):
     kept      product of keep since then, per matrix, broadcastable to it (only where
               weights and dual differ)
     momentum  m_s, the running inner step
+    stride    step sizes of the chunk so far, decayed and summed, per matrix (only where
+              learn multiplies the step at the chunk's end)
+    past      the last pairs (only where a step learns from a window of them)
     position  tokens of the current chunk already read; a Python int where it is known
               while tracing, which lets `run` split the sequence without padding
     """
@@ -87,6 +99,8 @@ class State(NamedTuple):
     kept: Weights = ()
     momentum: Weights = ()
     position: int | jax.Array = 0
+    stride: Weights = ()
+    past: Past | tuple[()] = ()
 
 
 def state_dtype(*arrays: jax.Array) -> jnp.dtype:

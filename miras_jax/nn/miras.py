@@ -45,7 +45,9 @@ def default_rates(rule: Rule) -> RateChoices:
 
     Of a deep memory, whose gradients are taken at the start of a chunk of C tokens:
     learn limit / 8 to limit / 2, limit 0.32 / sqrt(C); a quarter of that with momentum,
-    which adds the steps up. keep 0.99 to 0.9999; momentum 0.5 to 0.9; threshold 0.05 to
+    which adds the steps up, and of that a part where a window takes every gradient
+    several times (but not of Muon's learn="outside", the size of a step whatever its
+    gradients). keep 0.99 to 0.9999; momentum 0.5 to 0.9; threshold 0.05 to
     0.2. Behind a LayerNorm only the direction of the weights counts, so that what
     forgetting takes from their norm it adds to the effective step; and a chunk's steps,
     all taken at the same weights, overshoot together. Larger steps or more forgetting
@@ -65,6 +67,8 @@ def default_rates(rule: Rule) -> RateChoices:
         channelwise = rule.retention.channelwise and not with_momentum
         make = LowRank if channelwise else PerHead
         limit = (0.08 if with_momentum else 0.32) * rule.chunk_size**-0.5
+        if not rule.algorithm.strides:
+            limit /= rule.algorithm.window
         learn = make("sigmoid", (limit / 8, limit / 2), limit)
         keep = make("keep", (0.0001, 0.01))
     choices = {

@@ -22,6 +22,10 @@ VARIANT_NAMES = (
     "titans",
     "ttt_mlp",
     "ttt_linear",
+    "lact",
+    "omega_net",
+    "atlas",
+    "atlas_gated",
     "linear_attention",
     "retnet",
     "lightning_attention",
@@ -67,6 +71,12 @@ def small(rule):
         rule = replace(rule, retention=replace(rule.retention, mass=4.0))
     if rule.memory == memory.Cache(128):
         rule = replace(rule, memory=memory.Cache(3))
+    if isinstance(rule.algorithm, algorithm.Omega):
+        inner = replace(rule, algorithm=rule.algorithm.inner)
+        short = algorithm.Omega(3, small(inner).algorithm)
+        rule = replace(rule, algorithm=short)
+    if isinstance(rule.algorithm, algorithm.Muon):
+        rule = replace(rule, algorithm=replace(rule.algorithm, iterations=2))
     return replace(rule, chunk_size=min(rule.chunk_size, 4))
 
 
@@ -114,6 +124,11 @@ def axis_cases():
     vector = replace(linear, memory=memory.Vector())
     both = replace(linear, retention=retention.Decay(axis="both"))
     erase_retained = {"algorithm": algorithm.EraseWrite("retained"), "chunk_size": 1}
+    muon = replace(plain, algorithm=algorithm.Muon(iterations=2))
+    atlas = replace(muon, algorithm=algorithm.Muon(iterations=2, learn="outside"))
+    omega = replace(plain, algorithm=algorithm.Omega(6, algorithm.GradientDescent()))
+    hebbian = {"memory": memory.Linear(), "bias": bias.DotProduct(), "chunk_size": 1}
+    omega_lq = replace(mirror, algorithm=algorithm.Omega(3, algorithm.Momentum()))
     momentum_lq = replace(mirror, algorithm=algorithm.Momentum())
     momentum_retained = replace(
         linear, algorithm=algorithm.Momentum(at="retained"), chunk_size=1
@@ -183,6 +198,13 @@ def axis_cases():
         Case("momentum-linear", replace(moving, memory=memory.Linear())),
         Case("momentum-retained", momentum_retained),
         Case("momentum-lq", momentum_lq),
+        Case("muon-channels", replace(muon, retention=retention.Sphere()), True),
+        Case("muon-outside-channels", atlas, ("keep",)),
+        Case("omega-channels", replace(omega, bias=yaad.bias), True),
+        Case("omega-momentum-lq", omega_lq),
+        Case("omega-dot-product", replace(omega, **hebbian)),
+        Case("start-channels", replace(moneta, readout="start"), True),
+        Case("start-one", replace(linear, readout="start", chunk_size=1)),
         Case("momentum-lq-exact", replace(momentum_lq, readout="exact")),
     ]
 
@@ -226,7 +248,7 @@ def inputs(case, length=LENGTH, seed=0):
     by_value = rule.retention.axis == "value"
     learn_dim = key_dim if rule.algorithm.axis == "key" else value_dim
     erases = "erase" in rule.rates
-    has_momentum = isinstance(rule.algorithm, algorithm.Momentum)
+    has_momentum = "momentum" in rule.rates
     has_threshold = isinstance(rule.bias, bias.Huber)
     rates = miras.Rates(
         learn=rate("learn", 0.1, 0.6, learn_dim, pairs) / steps

@@ -13,6 +13,7 @@ import numpy as np
 
 LAYER_NORM_EPS = 1e-6
 SMOOTH_EPS = 1e-6
+NORM_EPS = 1e-12
 SHARPNESS = 10.0
 
 
@@ -140,7 +141,7 @@ def norm(a, q):
 def weights_of(retention, a):
     """Map one dual matrix to its weights."""
     match type(retention).__name__:
-        case "Keep" | "Decay":
+        case "Keep" | "Decay" | "Sphere":
             return a
         case "Lq":
             q = retention.q
@@ -183,6 +184,9 @@ def settle(retention, anchor, a):
     match type(retention).__name__:
         case "ElasticNet" if retention.form == "proximal":
             return shrink(retention, a)
+        case "Sphere":
+            norms = [np.sqrt(np.sum(x**2, axis=0)) for x in (anchor, a)]
+            return a * norms[0] / norms[1]
         case "FDivergence":
             # W g(U - zeta), g the inverse of f', for the four generators of the paper.
             inverse, at_one, pole = {
@@ -257,6 +261,15 @@ def linear_scale(retention, a):
     return 1.0
 
 
+def newton_schulz(m, iterations):
+    """Muon's quintic iteration from m / |m|, which takes singular values towards 1."""
+    x = m / np.sqrt(np.sum(m**2) + NORM_EPS)
+    for _ in range(iterations):
+        square = x @ x.T
+        x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
+    return x
+
+
 def rate_per_matrix(rate, count, single_axis, entries=1):
     """Shape one token's rate for each matrix: rows of the first, columns of the last.
 
@@ -285,7 +298,7 @@ def token_rates(rule, rates, count, s):
     if memory == "Vector":
         keep_axis = learn_axis = "value"
     entries = 2 if memory == "GatedMLP" else 1
-    keep = None if kind in ("Keep", "FDivergence") else given["keep"]
+    keep = None if kind in ("Keep", "FDivergence", "Sphere") else given["keep"]
     keeps = rate_per_matrix(keep, count, keep_axis.replace("both", "key"), entries)
     if keep_axis == "both":
         (columns,) = rate_per_matrix(given["keep_value"], 1, "value")
@@ -354,10 +367,16 @@ def run(rule, params, tokens):
     matrices = [np.asarray(w, np.float64) for w in params.weights]
     every = range(len(matrices))
     memory = Memory(rule.memory, params)
-    has_momentum = type(rule.algorithm).__name__ == "Momentum"
+    learner, window = rule.algorithm, 1
+    if type(learner).__name__ == "Omega":
+        learner, window = learner.inner, learner.window
+    kind = type(learner).__name__
+    has_momentum = kind in ("Momentum", "Muon")
+    outside = kind == "Muon" and learner.learn == "outside"
     at_retained = rule.algorithm.at == "retained"
     # With one token per chunk both readouts are the recurrence of the paper.
     exact = rule.readout == "exact" or rule.chunk_size == 1
+    start = rule.readout == "start"
 
     a = [dual_of(rule.retention, w) for w in matrices]
     m = [np.zeros_like(w) for w in matrices]
@@ -371,33 +390,51 @@ def run(rule, params, tokens):
             scale = [linear_scale(rule.retention, a[i]) for i in every]
             kept = [np.ones_like(a[i]) for i in every]
             added = [np.zeros_like(a[i]) for i in every]
+            stride = [0.0 if outside else 1.0 for _ in every]
 
         w_gradient = [keep[i] * w_c[i] for i in every] if at_retained else w_c
-        g = memory.gradient(
-            w_gradient,
-            keys[s],
-            lambda y, s=s, t=threshold: cotangent(rule.bias, y, values[s], t),
-        )
+        descent = [np.zeros_like(a[i]) for i in every]
+        for p in range(max(0, s - window + 1), s + 1):
+            weight, _, _, threshold = token_rates(rule, tokens.rates, len(a), p)
+            g = memory.gradient(
+                w_gradient,
+                keys[p],
+                lambda y, p=p, t=threshold: cotangent(rule.bias, y, values[p], t),
+            )
+            for i in every:
+                descent[i] = descent[i] - (g[i] if outside else weight[i] * g[i])
         if erases:  # of a matrix: what it recalls at one key, against a new pair
             e = np.asarray(tokens.erase_keys, np.float64)[s]
             erased = np.outer(tokens.rates.erase[s] * e, e @ w_gradient[0])
         for i in every:
-            step = -learn[i] * g[i]
+            step = descent[i]
             if erases:
                 step = learn[i] * np.outer(keys[s], values[s]) - erased
-            if type(rule.algorithm).__name__ == "Implicit":
+            if kind == "Implicit":
                 step = step / (1 + learn[i] * (keys[s] @ keys[s]))
             if has_momentum:
                 step = m[i] = momentum * m[i] + step
+            if kind == "Muon":
+                step = 0.0  # until the chunk ends
+            if outside:
+                stride[i] = keep[i] * stride[i] + learn[i]
             a[i] = keep[i] * a[i] + step
             kept[i] = keep[i] * kept[i]
             added[i] = keep[i] * added[i] + step
 
-        settled = [settle(rule.retention, a_c[i], a[i]) for i in every]
-        if exact:
+        ending, hint = list(a), list(added)
+        if kind == "Muon":
+            for i in every:
+                o = newton_schulz(m[i], learner.iterations)
+                ending[i] = a[i] + stride[i] * o
+                hint[i] = added[i] + stride[i] * newton_schulz(m[i], 0)
+        settled = [settle(rule.retention, a_c[i], ending[i]) for i in every]
+        if start:
+            w = w_c
+        elif exact:
             w = [weights_of(rule.retention, settled[i]) for i in every]
         else:
-            w = [kept[i] * w_c[i] + scale[i] * added[i] for i in every]
+            w = [kept[i] * w_c[i] + scale[i] * hint[i] for i in every]
         outputs.append(memory.forward(w, queries[s])[0])
         if (s + 1) % rule.chunk_size == 0:
             a = settled

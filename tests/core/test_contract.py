@@ -43,7 +43,7 @@ def test_rules_built_twice_are_equal_and_changed_ones_are_not():
     for first, second in zip(CASES, core.all_cases(), strict=True):
         assert first.rule == second.rule
         assert hash(first.rule) == hash(second.rule)
-        other = {"linear": "exact", "exact": "linear"}[first.rule.readout]
+        other = "linear" if first.rule.readout == "exact" else "exact"
         assert replace(first.rule, readout=other) != second.rule
 
 
@@ -273,6 +273,19 @@ def test_readout_and_chunk_size_are_part_of_the_model():
         (lambda: replace(variant("longhorn"), chunk_size=4), "chunk_size=1"),
         (lambda: replace(variant("longhorn"), bias=bias.L1()), "bias.L2"),
         (lambda: replace(variant("yaad"), algorithm=algorithm.Implicit()), "at='prev"),
+        (lambda: algorithm.Muon(iterations=0), "algorithm.Momentum"),
+        (lambda: algorithm.Muon(learn="both"), "'inside'"),
+        (lambda: algorithm.Omega(0), "window"),
+        (lambda: algorithm.Omega(4, algorithm.Implicit()), "inner"),
+        (
+            lambda: algorithm.Omega(4, algorithm.Momentum(at="retained")),
+            "at='previous'",
+        ),
+        (lambda: algorithm.Omega(4, algorithm.GradientDescent(steps=2)), "one step"),
+        (
+            lambda: replace(variant("omega_net"), retention=retention.Decay("both")),
+            "axis='value'",
+        ),
         (lambda: retention.FDivergence("jensen"), "reverse_kl"),
         (lambda: retention.FDivergence(axis=2), "axis"),
         (lambda: retention.FDivergence(mass=-1.0), "mass"),
@@ -346,6 +359,10 @@ def test_erasing_without_its_rate_or_its_keys_is_refused():
     tokens = tokens._replace(erase_keys=None)
     with pytest.raises(UserError, match="erase_keys"):
         miras.run(rule, params, rule.start(params), tokens)
+
+
+def test_a_step_size_outside_of_muon_is_one_per_token():
+    refuse(variant("atlas"), "learn='inside'", learn=np.full((core.LENGTH, 4), 0.3))
 
 
 def test_kl_refuses_channelwise_keep():

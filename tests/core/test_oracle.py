@@ -20,6 +20,7 @@ NONLINEAR = (
     retention.FDivergence,
     retention.ElasticNet,
     retention.Bregman,
+    retention.Sphere,
 )
 
 
@@ -29,13 +30,16 @@ def configurations():
     The readouts differ only inside a chunk and where weights are not the dual.
     """
     for case in CASES:
-        if case.rule.readout == "exact":
+        readout = case.rule.readout
+        if readout == "exact":
             continue  # a row of the contract; here every row is read both ways
-        yield case, 1, "linear"
+        yield case, 1, readout
         alone = case.rule.algorithm.erases or case.rule.keeps_tokens
         if case.rule.algorithm.at == "previous" and not alone:
-            yield case, 4, "linear"
-            if isinstance(case.rule.retention, NONLINEAR):
+            yield case, 4, readout
+            nonlinear = isinstance(case.rule.retention, NONLINEAR)
+            nonlinear |= isinstance(case.rule.algorithm, algorithm.Muon)
+            if nonlinear and readout == "linear":
                 yield case, 4, "exact"
 
 

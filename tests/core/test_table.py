@@ -19,6 +19,9 @@ WRITTEN = {
     variants.titans: "Wₜ = αₜ Wₜ₋₁ + Sₜ, Sₜ = μₜ Sₜ₋₁ − ηₜ ∇ℓ",
     variants.moneta: "Aₜ = αₜ Aₜ₋₁ − ηₜ ∇ℓ, Wₜ = Aₜ / ‖Aₜ‖₄²",
     variants.memora: "Aₜ = αₜ Aₜ₋₁ − ηₜ ∇ℓ, Wₜ = 64 softmax(Aₜ)",
+    variants.lact: "Wₜ = Wₜ₋₁ + O(Sₜ), Sₜ = μₜ Sₜ₋₁ − ηₜ ∇ℓ, Wₜ ← Sphere(Wₜ)",
+    variants.omega_net: "Wₜ = αₜ Wₜ₋₁ − ηₜ Σ₁₆ ∇ℓ",
+    variants.atlas: "Wₜ = αₜ Wₜ₋₁ + ηₜ O(Sₜ), Sₜ = μₜ Sₜ₋₁ − Σ₁₆ ∇ℓ",
     variants.ttt_linear: "Wₜ = Wₜ₋₁ − ηₜ ∇ℓ",
 }
 

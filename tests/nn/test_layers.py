@@ -350,8 +350,9 @@ def test_fixed_rates_are_constants_without_parameters():
     np.testing.assert_allclose(plain(normal(1, 1, WIDTH)), [[[0.5, 2.0]]])
 
 
-DEEP = {"moneta", "yaad", "memora", "titans", "ttt_mlp", "ttt_linear"}
-CHANNELWISE = {"moneta", "yaad", "ttt_mlp", "ttt_linear"}
+WITH_MOMENTUM = {"titans", "lact", "atlas", "atlas_gated"}
+CHANNELWISE = {"moneta", "yaad", "ttt_mlp", "ttt_linear", "omega_net"}
+DEEP = {"memora"} | WITH_MOMENTUM | CHANNELWISE
 STARTS = {"momentum": (0.5, 0.9), "threshold": (0.05, 0.2), "erase": (0.5, 0.5)}
 
 
@@ -361,7 +362,8 @@ def test_default_rates_start_where_their_docstring_says(variant):
     heads, channels, x = 4, 8, normal(4, 64, WIDTH)
     x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
     choices = default_rates(rule)
-    limit = (0.08 if name == "titans" else 0.32) / np.sqrt(rule.chunk_size)
+    limit = (0.08 if name in WITH_MOMENTUM else 0.32) / np.sqrt(rule.chunk_size)
+    limit /= 16 if name == "omega_net" else 1
     deep = name in DEEP
     learn = (limit / 8, limit / 2) if deep else (0.5, 0.5)
     keep = (0.99, 0.9999) if deep else (0.9, 0.999)

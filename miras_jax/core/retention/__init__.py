@@ -17,3 +17,4 @@ from miras_jax.core.retention.mirror import SignedPower as SignedPower
 from miras_jax.core.retention.simplex import KL as KL
 from miras_jax.core.retention.simplex import FDivergence as FDivergence
 from miras_jax.core.retention.sparse import ElasticNet as ElasticNet
+from miras_jax.core.retention.sphere import Sphere as Sphere

@@ -9,6 +9,10 @@ from miras_jax.core.variants.attention import (
     sliding_window_attention as sliding_window_attention,
 )
 from miras_jax.core.variants.attention import softmax_attention as softmax_attention
+from miras_jax.core.variants.deep import atlas as atlas
+from miras_jax.core.variants.deep import atlas_gated as atlas_gated
+from miras_jax.core.variants.deep import lact as lact
+from miras_jax.core.variants.deep import omega_net as omega_net
 from miras_jax.core.variants.deep import titans as titans
 from miras_jax.core.variants.deep import ttt_linear as ttt_linear
 from miras_jax.core.variants.deep import ttt_mlp as ttt_mlp
@@ -41,6 +45,10 @@ ALL = (
     titans,
     ttt_mlp,
     ttt_linear,
+    lact,
+    omega_net,
+    atlas,
+    atlas_gated,
     linear_attention,
     retnet,
     lightning_attention,

@@ -1,9 +1,9 @@
 """Models that learn a network, or a matrix behind a LayerNorm, while they read."""
 
-from miras_jax.core.algorithm import GradientDescent, Momentum
-from miras_jax.core.bias import L2
-from miras_jax.core.memory import MLP, Linear
-from miras_jax.core.retention import Decay, Keep
+from miras_jax.core.algorithm import GradientDescent, Momentum, Muon, Omega
+from miras_jax.core.bias import L2, DotProduct
+from miras_jax.core.memory import MLP, GatedMLP, Linear
+from miras_jax.core.retention import Decay, Keep, Sphere
 from miras_jax.core.rule import Rule
 
 
@@ -27,3 +27,38 @@ def ttt_linear() -> Rule:
     """W_t = W - learn grad L2 on x + LN(x W), mini-batches of 16 (TTT-Linear)."""
     memory = Linear(residual=True, norm=True)
     return Rule(memory, L2(), Keep(), GradientDescent(), chunk_size=16)
+
+
+def lact() -> Rule:
+    """W_c+1 = L2norm(W_c + O(m)), m of -<M(k), v>, M = (silu(x W_1) * x W_2) W_3.
+
+    Large chunks of 2,048 tokens that all read W_c, apply-then-update; learn weighs each
+    token's gradient (LaCT, arXiv 2505.23884, section 3). Its momentum is one number per
+    chunk: that of the chunk's first token here, with 1 for the others.
+    """
+    memory = GatedMLP(expansion=1)
+    return Rule(memory, DotProduct(), Sphere(), Muon(), 2048, readout="start")
+
+
+def omega_net() -> Rule:
+    """W_t = keep W - sum of the last 16 tokens' learn grad L2 (OmegaNet).
+
+    Atlas, arXiv 2505.23735, section 3.2. The length of the window is not printed; its
+    largest tried, 16, was best. Polynomial features of keys and queries are a layer's.
+    """
+    return Rule(MLP(), L2(), Decay(), Omega(16))
+
+
+def atlas() -> Rule:
+    """W = keep W + learn O(S), S = momentum S - sum of 16 tokens' grad L2 (Atlas).
+
+    arXiv 2505.23735, eq. 32 and 33, O five steps of Newton-Schulz, once per chunk; with
+    chunk_size=1 the printed recurrence. Window and features as in `omega_net`.
+    """
+    return Rule(MLP(), L2(), Decay(), Omega(16, Muon(learn="outside")))
+
+
+def atlas_gated() -> Rule:
+    """Atlas with the memory x + (silu(x W_1) * x W_2) W_3 (Atlas++, 2505.23735)."""
+    memory = GatedMLP(residual=True)
+    return Rule(memory, L2(), Decay(), Omega(16, Muon(learn="outside")))

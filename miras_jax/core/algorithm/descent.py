@@ -1,9 +1,4 @@
-"""Learning algorithms: how the inner step is taken from the inner gradient.
-
-An algorithm turns u_s = -learn_s g_s into the step that enters the dual recurrence. It
-is written twice, in the same few symbols: token by token (`step`, the definition) and
-for a block of tokens (`flow`, as coefficients of the linear recurrences).
-"""
+"""What a learning algorithm is, and the descents whose steps enter the dual at once."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -27,6 +22,9 @@ class Algorithm(Protocol):
     implicit: bool  # whether it solves for the step, which only the delta rule allows
     erases: bool  # whether it erases at keys of their own: the delta rule, taken apart
     axis: str  # "key" or "value": where a channel-wise learn acts on a single matrix
+    settles: bool  # whether its step is taken by settle, at a chunk's end
+    window: int  # last tokens whose gradients make one step
+    strides: bool  # whether learn multiplies that step instead of the gradients
 
     def step_size(self, learn: jax.Array | None, keys: jax.Array) -> jax.Array | None:
         """What multiplies the gradients, from rates.learn; keys `[..., K]`."""
@@ -39,6 +37,12 @@ class Algorithm(Protocol):
 
     def flow(self, log_keep, momentum, side, when, written) -> causal.Flow:
         """The recurrences of one matrix over a block of tokens."""
+
+    def settle(self, dual: Weights, momentum: Weights, stride: Weights) -> Weights:
+        """The dual with the step at a chunk's end; stride: () or its sizes."""
+
+    def provisional(self, momentum: jax.Array, stride: jax.Array | float) -> jax.Array:
+        """That step of one matrix as the linear readout sees it."""
 
 
 def _check_at(at: str) -> None:
@@ -57,6 +61,9 @@ class _Descent(Choice):
     implicit = False
     erases = False
     axis = "value"
+    settles = False
+    strides = False
+    window = 1
 
     def step_size(self, learn, keys):
         return learn
@@ -69,6 +76,9 @@ class _Descent(Choice):
 
     def flow(self, log_keep, momentum, side, when, written):
         return causal.decay_flow(log_keep, side, when)
+
+    def settle(self, dual, momentum, stride):
+        return dual
 
 
 @dataclass(frozen=True, repr=False)

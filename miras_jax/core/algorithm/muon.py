@@ -1,0 +1,103 @@
+"""Muon: momentum whose singular values are made equal before it becomes a step."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from miras_jax.core import causal
+from miras_jax.core.algorithm.descent import At, Momentum
+from miras_jax.errors import UserError
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of Muon's quintic iteration (K. Jordan, 2024), as in LaCT and Atlas."""
+
+TINY_SQUARE = 1e-12
+"""Added to the square of a norm that divides: keeps the derivative at zero finite."""
+
+
+def normalised(matrix: jax.Array) -> jax.Array:
+    """M / sqrt(|M|^2 + 1e-12), the Frobenius norm."""
+    return matrix * jax.lax.rsqrt(jnp.sum(matrix * matrix) + TINY_SQUARE)
+
+
+def orthogonalised(matrix: jax.Array, iterations: int) -> jax.Array:
+    """U V^T of M = U S V^T, nearly: Newton-Schulz brings singular values close to 1.
+
+    X <- a X + (b X X^T + c (X X^T)^2) X from X = M / |M|, on the side of M on which the
+    square X X^T is the smaller one.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = normalised(matrix.T if tall else matrix)
+    for _ in range(iterations):
+        square = x @ x.T
+        x = a * x + (b * square + c * (square @ square)) @ x
+    return x.T if tall else x
+
+
+@dataclass(frozen=True, repr=False)
+class Muon(Momentum):
+    """W = K W_c + stride O(m) where a chunk ends, O the Newton-Schulz of `iterations`.
+
+    m_s = momentum_s m_{s-1} + u_s runs over the tokens of all chunks; K is what the
+    chunk kept. Two published places for the step size:
+
+    learn="inside"   u_s = -learn_s g_s and stride 1, whatever the size of m (LaCT,
+                     arXiv 2505.23884, section 3.1)
+    learn="outside"  u_s = -g_s and stride_s = keep_s stride_{s-1} + learn_s from 0 at
+                     the chunk's start: its tokens' step sizes, all along the direction
+                     that they found together. With chunks of one token it is W_s =
+                     keep_s W_{s-1} + learn_s O(m_s) (Atlas, arXiv 2505.23735, eq. 32
+                     and 33). learn is one number per token.
+
+    No factor depends on a matrix's shape: every singular value of O(m) is near one, as
+    both papers print it.
+
+    Inside a chunk the readout "exact" reads token s as if the chunk ended there, which
+    costs the iteration for every token; "linear" leaves the iteration out, m / |m| in
+    place of O(m), so that it never steps further than the chunk's end along any
+    direction; "start" sees no step before the chunk ends.
+    """
+
+    at: At = "previous"
+    iterations: int = 5
+    learn: Literal["inside", "outside"] = "inside"
+
+    settles = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.iterations < 1:
+            raise UserError(
+                f"algorithm.Muon needs iterations >= 1; got {self.iterations}. "
+                "Without any it is algorithm.Momentum()."
+            )
+        if self.learn not in ("inside", "outside"):
+            raise UserError(
+                "algorithm.Muon(learn=...) multiplies the gradients, 'inside' the "
+                f"momentum, or the step, 'outside'; got {self.learn!r}."
+            )
+
+    @property
+    def strides(self):
+        return self.learn == "outside"
+
+    def step(self, carried, update, momentum):
+        return 0.0, momentum * carried + update
+
+    def flow(self, log_keep, momentum, side, when, written):
+        decay = causal.decay_flow(log_keep, side, when)
+        own = causal.decay_flow(causal.safe_log(momentum), None)
+        return decay._replace(momentum=(own.start, own.steps))
+
+    def settle(self, dual, momentum, stride):
+        stride = stride or (1.0,) * len(dual)
+        return tuple(
+            a + size * orthogonalised(m, self.iterations)
+            for a, m, size in zip(dual, momentum, stride, strict=True)
+        )
+
+    def provisional(self, momentum, stride):
+        return stride * normalised(momentum)
