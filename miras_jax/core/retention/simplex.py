@@ -36,20 +36,23 @@ class KL(Gate):
     softmax removes; so Memora's W_s = softmax(keep_s log W_{s-1} + step_s) is exactly
     the linear recurrence A_s = keep_s A_{s-1} + step_s, with no lag token, as long as
     keep is constant inside a slice: it must be one number per token. `params.weights`
-    are logits. `axis` is 0 (each output unit takes a weighted mean of its inputs), 1 or
-    -1.
+    are logits, of standard deviation `spread` at first. `axis` is 0 (each output unit
+    takes a weighted mean of its inputs), 1 or -1.
     """
 
     mass: float = 1.0
     axis: int = 0
+    spread: float = 1.0
 
     channelwise = False
 
     def __post_init__(self):
         _check_simplex(self)
+        if self.spread < 0:
+            raise UserError(f"retention.KL needs spread >= 0; got {self.spread}.")
 
     def initial(self, weights):
-        return _logits(weights)
+        return self.spread * _logits(weights)
 
     def weights(self, dual):
         return self.mass * jax.nn.softmax(dual, axis=self.axis)

@@ -1,0 +1,33 @@
+"""Rows of a table that survive an interruption: measured once, kept in a file."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+
+class Rows:
+    """What was measured, by name, one JSON object per line of a file.
+
+    A row counts as measured only for the same `of`, a description of what was measured:
+    whatever changes there is measured again.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._rows = {}
+        if path.is_file():
+            *lines, rest = path.read_text().split("\n")
+            if rest:  # half a line, which an interrupted write has left
+                path.write_text("".join(f"{line}\n" for line in lines))
+            self._rows = {row["name"]: row for row in map(json.loads, lines)}
+
+    def measure(self, name: str, of: str, measure: Callable[[], dict]) -> dict:
+        """The row of this name, measured now unless the file holds it."""
+        row = self._rows.get(name)
+        if row is None or row["of"] != of:
+            row = {"name": name, "of": of, "measured": measure()}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            self._rows[name] = row
+        return row["measured"]

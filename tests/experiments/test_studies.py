@@ -1,0 +1,73 @@
+"""Studies: rows that are measured once, and experiments that can be built."""
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.studies import decisions, stability
+from experiments.studies.rows import Rows
+from miras_jax import variants
+from miras_jax.nn.functional import FunctionalModel
+
+
+def test_a_row_is_measured_once_until_it_describes_something_else(tmp_path):
+    path = tmp_path / "folder" / "rows.jsonl"
+    measured = []
+
+    def measure(value):
+        measured.append(value)
+        return {"value": value}
+
+    assert Rows(path).measure("a", "x", lambda: measure(1)) == {"value": 1}
+    assert Rows(path).measure("a", "x", lambda: measure(2)) == {"value": 1}
+    assert Rows(path).measure("a", "y", lambda: measure(3)) == {"value": 3}
+    with open(path, "a") as file:
+        file.write('{"name": "a", "of": "y", "meas')  # what a kill leaves
+    assert Rows(path).measure("a", "y", lambda: measure(4)) == {"value": 3}
+    assert Rows(path).measure("b", "x", lambda: measure(5)) == {"value": 5}
+    assert Rows(path).measure("b", "x", lambda: measure(6)) == {"value": 5}
+    assert measured == [1, 3, 5]
+
+
+def test_a_line_of_decisions_tells_mean_range_and_what_diverged():
+    seeds = [
+        {"loss": 5.0, "gradient norm": 1.0},
+        {"loss": 5.2, "gradient norm": 30.0},
+        {"loss": None, "gradient norm": 2.0},
+    ]
+    line = decisions.line("memora", seeds)
+    assert list(line.values())[2:] == ["2 of 3", "5.100", "5.000 to 5.200", "30"]
+    line = decisions.line("memora", [{"loss": None, "gradient norm": None}])
+    assert list(line.values())[2:] == ["0 of 1", "-", "-", "not finite"]
+
+
+def test_the_rows_of_decisions_differ_in_nothing_but_the_mixer():
+    sizes = set()
+    for name in decisions.ROWS:
+        experiment = decisions.experiment(name, seed=2)
+        assert experiment.seed == 2
+        if name != "yaad":  # which has thresholds to learn
+            sizes.add(FunctionalModel(experiment.model, 512).size)
+    assert len(sizes) <= 2  # Memora's rates are one per token and head
+
+
+@pytest.mark.parametrize("make", variants.ALL, ids=lambda make: make.__name__)
+def test_every_rule_can_read_what_stability_feeds_it(make):
+    rule = make()
+    for case in stability.CASES:
+        tokens = stability.tokens(rule, case, 6)
+        rule.check(rule.pairs(tokens) if rule.algorithm.steps > 1 else tokens)
+    large = stability.tokens(rule, "large", 6).values
+    values = stability.tokens(rule, "bf16", 6).values
+    assert values.dtype == "bfloat16"
+    np.testing.assert_allclose(large, 1e4 * values.astype("float32"), rtol=1e-2)
+
+
+def test_a_cell_names_what_is_not_finite():
+    assert stability.cell({"output": 1.25, "gradient": None}) == "gradient not finite"
+    assert stability.cell({"output": 1.25, "gradient": 30.0}) == "1.2, 30"
+    rule = variants.retnet()
+    found = stability.measure(rule, "large", 5)
+    assert found["output"] > 100 and jax.tree.all(
+        jax.tree.map(np.isfinite, list(found.values()))
+    )
