@@ -18,15 +18,15 @@ class Info(NamedTuple):
     """Of every token, `[L]`. W_t are the weights after it, those that read its query.
 
     W'_t are what they would be, had the memory learned nothing from this one token
-    (learn_t = erase_t = 0): forgetting, and what momentum still carries, happen all
-    the same.
-    Norms are over all matrices together (Frobenius). Of a rule with several pairs per
-    token, loss and step are summed over them, kept is their product and norm the last.
+    (learn_t = erase_t = 0): forgetting, and what momentum still carries, happen all the
+    same; a step that is taken where a chunk ends is seen there alone. Norms are over
+    all matrices together (Frobenius). Of a rule with several pairs per token, loss and
+    step are summed over them, kept is their product and norm the last.
+
+    loss is the surprise: the inner loss of (k_t, v_t) where its gradient is taken.
     """
 
-    loss: (
-        jax.Array
-    )  # surprise: the inner loss of (k_t, v_t) where its gradient is taken
+    loss: jax.Array
     step: jax.Array  # learned: |W_t - W'_t| / |W_t|
     kept: jax.Array  # |W'_t| / |W_{t-1}|; 1 of an empty memory
     norm: jax.Array  # |W_t|

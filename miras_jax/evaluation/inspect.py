@@ -24,7 +24,7 @@ from miras_jax.training.tokenizer import StreamDecoder, Tokenizer
 
 
 class Memory(NamedTuple):
-    """What the heads of one layer made of the text."""
+    """What the memories of one layer, a head each, made of the text."""
 
     layer: int  # from 1, counted over all blocks of the model
     rule: Rule

@@ -37,7 +37,9 @@ def model(mixers, depth):
 
 @pytest.fixture(scope="module")
 def hybrid():
-    return model((Attention(2), Miras(variants.delta_net(), num_heads=2)), 4)
+    """Two memories a layer, each read by two heads."""
+    mixer = Miras(variants.delta_net(), num_heads=4, num_kv_heads=2)
+    return model((Attention(2), mixer), 4)
 
 
 @pytest.fixture(scope="module")
