@@ -150,21 +150,21 @@ def _recurrence(rule: Rule) -> list[str]:
     """Step and recurrence of the dual, or of the weights where these are the same."""
     name = "A" if _has_dual(rule.retention) else "W"
     before = f"{_kept(rule.retention)}{name}ₜ₋₁"
-    learner, gradient = rule.algorithm, "∇ℓ"
+    learner, gradient, rated = rule.algorithm, "∇ℓ", "ηₜ ∇ℓ"
     if isinstance(learner, algorithm.Omega):
         last = str(learner.window).translate(_SUBSCRIPTS)
-        learner, gradient = learner.inner, f"Σ{last} ∇ℓ"
+        learner, gradient, rated = learner.inner, f"Σ{last} ∇ℓᵢ", f"Σ{last} ηᵢ ∇ℓᵢ"
     match learner:
         case algorithm.GradientDescent() | algorithm.Implicit():
-            return [f"{name}ₜ = {before} − ηₜ {gradient}"]
+            return [f"{name}ₜ = {before} − {rated}"]
         case algorithm.Muon(learn="outside"):
             return [f"{name}ₜ = {before} + ηₜ O(Sₜ)", f"Sₜ = μₜ Sₜ₋₁ − {gradient}"]
         case algorithm.Muon():
-            return [f"{name}ₜ = {before} + O(Sₜ)", f"Sₜ = μₜ Sₜ₋₁ − ηₜ {gradient}"]
+            return [f"{name}ₜ = {before} + O(Sₜ)", f"Sₜ = μₜ Sₜ₋₁ − {rated}"]
         case algorithm.Momentum():
-            return [f"{name}ₜ = {before} + Sₜ", f"Sₜ = μₜ Sₜ₋₁ − ηₜ {gradient}"]
+            return [f"{name}ₜ = {before} + Sₜ", f"Sₜ = μₜ Sₜ₋₁ − {rated}"]
         case other:
-            return [f"{name}ₜ = {before} + {type(other).__name__}(−ηₜ {gradient})"]
+            return [f"{name}ₜ = {before} + {type(other).__name__}(−{rated})"]
 
 
 def _kept(gate: retention.Retention) -> str:

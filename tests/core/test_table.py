@@ -20,8 +20,8 @@ WRITTEN = {
     variants.moneta: "Aₜ = αₜ Aₜ₋₁ − ηₜ ∇ℓ, Wₜ = Aₜ / ‖Aₜ‖₄²",
     variants.memora: "Aₜ = αₜ Aₜ₋₁ − ηₜ ∇ℓ, Wₜ = 64 softmax(Aₜ)",
     variants.lact: "Wₜ = Wₜ₋₁ + O(Sₜ), Sₜ = μₜ Sₜ₋₁ − ηₜ ∇ℓ, Wₜ ← Sphere(Wₜ)",
-    variants.omega_net: "Wₜ = αₜ Wₜ₋₁ − ηₜ Σ₁₆ ∇ℓ",
-    variants.atlas: "Wₜ = αₜ Wₜ₋₁ + ηₜ O(Sₜ), Sₜ = μₜ Sₜ₋₁ − Σ₁₆ ∇ℓ",
+    variants.omega_net: "Wₜ = αₜ Wₜ₋₁ − Σ₁₆ ηᵢ ∇ℓᵢ",
+    variants.atlas: "Wₜ = αₜ Wₜ₋₁ + ηₜ O(Sₜ), Sₜ = μₜ Sₜ₋₁ − Σ₁₆ ∇ℓᵢ",
     variants.ttt_linear: "Wₜ = Wₜ₋₁ − ηₜ ∇ℓ",
 }
 
