@@ -76,15 +76,14 @@ def l2_normalise(x: jax.Array) -> jax.Array:
 
 
 class CausalConvolution(nnx.Module):
-    """Depthwise causal convolution over time, kernel 4, followed by SiLU.
+    """Depthwise causal convolution over time, followed by SiLU.
 
     Starts near the identity (weight 1 on the present, small noise on the past), so that
     an untrained layer sees its own token. The cache is the last kernel - 1 inputs.
     """
 
-    kernel = 4
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, kernel: int = 4, rngs: nnx.Rngs):
+        self.kernel = kernel
         past = 0.1 * jax.random.normal(rngs.params(), (self.kernel, width))
         self.weight = param(past.at[-1].add(1.0), (None, "heads"))
 

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,10 @@ from miras_jax.core import engine
 from miras_jax.core.rule import Rule
 from miras_jax.core.types import Choice, Params, Rates, State, Tokens
 from miras_jax.errors import UserError
+from miras_jax.nn.defaults import RateChoices as RateChoices
+from miras_jax.nn.defaults import default_rates as default_rates
 from miras_jax.nn.documents import Last, Places, beginning, locate
+from miras_jax.nn.features import Features
 from miras_jax.nn.layers import (
     CausalConvolution,
     Projection,
@@ -22,64 +25,28 @@ from miras_jax.nn.layers import (
     rotate,
     split_heads,
 )
-from miras_jax.nn.rates import LowRank, PerHead, Rate
+from miras_jax.nn.rates import Given
 
 
 @dataclass(frozen=True, repr=False)
-class RateChoices(Choice):
-    """Parametrisation of each rate; None: the rule does without it."""
+class Output(Choice):
+    """What becomes of a head's reading y before the output projection.
 
-    learn: Rate | None = None
-    keep: Rate | None = None
-    momentum: Rate | None = None
-    threshold: Rate | None = None
-    keep_value: Rate | None = None
-    erase: Rate | None = None
-
-
-def default_rates(rule: Rule) -> RateChoices:
-    """What an untrained layer starts from, where a model does not say otherwise.
-
-    Of a plain matrix: learn 0.5, half of the error, and erase as much; keep 0.9 to
-    0.999.
-
-    Of a deep memory, whose gradients are taken at the start of a chunk of C tokens:
-    learn limit / 8 to limit / 2, limit 0.32 / sqrt(C); a quarter of that with momentum,
-    which adds the steps up, and of that a part where a window takes every gradient
-    several times (but not of Muon's learn="outside", the size of a step whatever its
-    gradients). keep 0.99 to 0.9999; momentum 0.5 to 0.9; threshold 0.05 to
-    0.2. Behind a LayerNorm only the direction of the weights counts, so that what
-    forgetting takes from their norm it adds to the effective step; and a chunk's steps,
-    all taken at the same weights, overshoot together. Larger steps or more forgetting
-    made the outer gradient explode within a hundred steps of training.
-
-    Beyond its threshold delta, Huber's form "switch" has slope 10 delta at small
-    residuals; with thresholds near 0.1 its two branches join smoothly.
-
-    Channel-wise of rank 32 for deep memories, where the rule allows it; else, and for
-    momentum rules and plain matrices, one per token and head.
+    skip: "values" adds d v_t, d learned per head from 1 (Mamba's D); norm: "rms" is
+    RMSNorm per head, with a learned scale; gate: y * f(x W).
     """
-    if rule.memory.is_linear:
-        learn = PerHead("sigmoid", (0.5, 0.5))
-        keep = PerHead("keep", (0.001, 0.1))
-    else:
-        with_momentum = "momentum" in rule.rates
-        channelwise = rule.retention.channelwise and not with_momentum
-        make = LowRank if channelwise else PerHead
-        limit = (0.08 if with_momentum else 0.32) * rule.chunk_size**-0.5
-        if not rule.algorithm.strides:
-            limit /= rule.algorithm.window
-        learn = make("sigmoid", (limit / 8, limit / 2), limit)
-        keep = make("keep", (0.0001, 0.01))
-    choices = {
-        "learn": learn,
-        "keep": keep,
-        "momentum": PerHead("sigmoid", (0.5, 0.9)),
-        "threshold": LowRank("sigmoid", (0.05, 0.2)),
-        "keep_value": keep,
-        "erase": PerHead("sigmoid", (0.5, 0.5)),
-    }
-    return RateChoices(**{name: choices[name] for name in rule.rates})
+
+    norm: Literal["rms", "none"] = "rms"
+    gate: Literal["silu", "sigmoid", "gelu", "none"] = "silu"
+    skip: Literal["none", "values"] = "none"
+
+    def __post_init__(self):
+        gates = ("silu", "sigmoid", "gelu", "none")
+        norms, skips = ("rms", "none"), ("none", "values")
+        if not (self.norm in norms and self.gate in gates and self.skip in skips):
+            raise UserError(
+                f"{self}: norm is one of {norms}, gate of {gates}, skip of {skips}."
+            )
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,6 +58,10 @@ class Miras(Choice):
     num_kv_heads: memories, each with keys, values and rates of its own, read by an
     equal group of query heads; None: one for every query head.
     key_dim, value_dim: per head; None: width / num_heads.
+    num_qk_heads: heads of queries and keys, each for an equal group of memories (the
+    reverse of grouped keys); None: one for each.
+    convolution: kernel of the one that queries, keys and values pass; None: none.
+    features: of queries, and of keys unless `key_features` are given.
     """
 
     rule: Rule
@@ -100,6 +71,11 @@ class Miras(Choice):
     num_kv_heads: int | None = None
     key_dim: int | None = None
     value_dim: int | None = None
+    num_qk_heads: int | None = None
+    convolution: int | None = 4
+    features: Features = Features()
+    key_features: Features | None = None
+    output: Output = Output()
 
     def __post_init__(self):
         if self.rule.keeps_tokens:
@@ -118,6 +94,16 @@ class Miras(Choice):
                 f"Miras(num_heads={self.num_heads}) must be a multiple of num_kv_heads="
                 f"{self.memories}."
             )
+        if self.num_qk_heads is not None:
+            several = self.rule.algorithm.steps > 1 or self.rule.algorithm.erases
+            if several or self.num_kv_heads or self.num_heads % self.num_qk_heads:
+                raise UserError(
+                    f"Miras(num_qk_heads={self.num_qk_heads}) must divide num_heads="
+                    f"{self.num_heads}, and needs one memory per head and a rule with "
+                    "one key per token."
+                )
+        if self.convolution is not None and self.convolution < 2:
+            raise UserError("Miras(convolution=...) is a kernel of 2 or more, or None.")
         for name in RateChoices.__dataclass_fields__ if self.rates else ():
             if getattr(self.rates, name) and name not in self.rule.rates:
                 raise UserError(
@@ -134,14 +120,20 @@ class Miras(Choice):
         """Tokens of which the start of a document in a row must be a multiple."""
         return engine.alignment(self.rule)
 
+    @property
+    def features_of_keys(self) -> Features:
+        return self.features if self.key_features is None else self.key_features
+
     def dims(self, width: int) -> tuple[int, int]:
-        """Channels of a head's keys and values."""
+        """Channels of a head's keys, before their features, and values."""
         heads, dims = self.num_heads, (self.key_dim, self.value_dim)
         if None in dims and width % heads:
             raise UserError(f"width {width} must split into {heads} heads.")
         key_dim, value_dim = (d or width // heads for d in dims)
-        if key_dim % 2:
+        if key_dim % 2 and self.rotary:
             raise UserError(f"Keys of {key_dim} channels: RoPE needs an even number.")
+        if self.features.dim(1) != self.features_of_keys.dim(1):
+            raise UserError("Features of queries and of keys must have one degree.")
         return key_dim, value_dim
 
     def build(self, width: int, output_scale: float, rngs: nnx.Rngs) -> "MirasLayer":
@@ -157,7 +149,7 @@ class MirasCache(NamedTuple):
 
 
 class MirasLayer(nnx.Module):
-    """q, k, v, convolution, RoPE, l2 norm, memory, norm, gate, output projection."""
+    """q, k, v, convolution, RoPE, features, memory, norm, gate, output projection."""
 
     def __init__(self, config: Miras, width: int, output_scale: float, rngs: nnx.Rngs):
         heads, memories = config.num_heads, config.memories
@@ -165,12 +157,25 @@ class MirasLayer(nnx.Module):
         self.config = config
         # A query, for each of a token's steps a key and a value, and an erase key.
         self.steps = config.rule.algorithm.steps
-        self.parts = [(heads, key_dim)]
-        self.parts += [(memories * self.steps, dim) for dim in (key_dim, value_dim)]
+        shared = config.num_qk_heads
+        self.parts = [
+            (shared or heads, key_dim),
+            (shared or memories * self.steps, key_dim),
+            (memories * self.steps, value_dim),
+        ]
         self.parts += [(memories, key_dim)] * config.rule.algorithm.erases
         read = sum(count * dim for count, dim in self.parts)
         self.qkv = Projection(width, read, ("embed", "heads"), rngs=rngs)
-        self.convolution = CausalConvolution(read, rngs=rngs)
+        self.convolution = nnx.data(
+            None
+            if config.convolution is None
+            else CausalConvolution(read, kernel=config.convolution, rngs=rngs)
+        )
+        self.query_features = config.features.build()
+        self.key_features = nnx.data(
+            None if config.key_features is None else config.key_features.build()
+        )
+        key_dim = config.features.dim(key_dim)
         choices = config.rates or default_rates(config.rule)
         self.rates = nnx.data(
             {
@@ -192,9 +197,17 @@ class MirasLayer(nnx.Module):
         self.norm = nnx.List(
             [param(p, ("memory", None)) for p in memory[1:] if p is not None]
         )
-        self.output_norm = param(jnp.ones((heads, value_dim)), ("memory", None))
-        read_out = heads * value_dim
-        self.gate = Projection(width, read_out, ("embed", "heads"), rngs=rngs)
+        read_out, output = heads * value_dim, config.output
+        scale = param(jnp.ones((heads, value_dim)), ("memory", None))
+        self.output_norm = nnx.data(scale if output.norm == "rms" else None)
+        self.skip = nnx.data(
+            param(jnp.ones(heads), ("memory",)) if output.skip == "values" else None
+        )
+        self.gate = nnx.data(
+            None
+            if output.gate == "none"
+            else Projection(width, read_out, ("embed", "heads"), rngs=rngs)
+        )
         self.output = Projection(
             read_out, width, ("heads", "embed"), scale=output_scale, rngs=rngs
         )
@@ -223,10 +236,15 @@ class MirasLayer(nnx.Module):
         state = jax.vmap(self.config.rule.start)(self.memory_params)
         state = state._replace(position=jnp.zeros(self.config.memories, jnp.int32))
         return MirasCache(
-            self.convolution.start(batch, dtype),
+            self._no_window(batch, dtype),
             jax.tree.map(lambda x: jnp.repeat(x[None], batch, axis=0), state),
             beginning(batch),
         )
+
+    def _no_window(self, batch, dtype):
+        if self.convolution is None:
+            return jnp.zeros((batch, 0), dtype)
+        return self.convolution.start(batch, dtype)
 
     def tokens(
         self, x: jax.Array, window: jax.Array, places: Places
@@ -237,7 +255,9 @@ class MirasLayer(nnx.Module):
         convolution's cache; also the new one.
         """
         memories = self.config.memories
-        mixed, window = self.convolution(self.qkv(x), window, places)
+        mixed = self.qkv(x)
+        if self.convolution is not None:
+            mixed, window = self.convolution(mixed, window, places)
         ends = list(itertools.accumulate(count * dim for count, dim in self.parts))
         queries, keys, values, *erase_keys = (
             split_heads(part, count)
@@ -248,12 +268,24 @@ class MirasLayer(nnx.Module):
         # The even number of channels nearest to the share asked for.
         channels = 2 * round(self.config.rotary * queries.shape[-1] / 2)
         queries, keys, *erase_keys = (
-            l2_normalise(rotate(part, places.index, channels))
+            rotate(part, places.index, channels)
             for part in (queries, keys, *erase_keys)
         )
+        of_keys = (
+            self.query_features if self.key_features is None else self.key_features
+        )
+        queries, keys = self.query_features(queries), of_keys(keys)
+        erase_keys = [l2_normalise(part) for part in erase_keys]
+        if self.config.num_qk_heads is not None:
+            copies = self.config.num_heads // self.config.num_qk_heads
+            queries, keys = (jnp.repeat(t, copies, axis=2) for t in (queries, keys))
         # Of norm about one, like keys and the memory's own output.
         values = values * values.shape[-1] ** -0.5
-        rates = {name: make(x) for name, make in self.rates.items()}
+        given = Given(places.index, keys, {})
+        for name in Rates._fields:
+            if name in self.rates:
+                given.rates[name] = self.rates[name](x, given)
+        rates = given.rates
         if self.steps > 1:
 
             def by_step(t):
@@ -279,15 +311,24 @@ class MirasLayer(nnx.Module):
         """`[B, L, D]` -> the same; without a cache from the start, and none is kept."""
         batch, length, _ = x.shape
         fresh = cache is None
-        window = self.convolution.start(batch, x.dtype) if fresh else cache.convolution
+        window = self._no_window(batch, x.dtype) if fresh else cache.convolution
         last = beginning(batch) if fresh else cache.last
         places = locate((batch, length), last, segment_ids)
         tokens, window = self.tokens(x, window, places)
         y, memory = self._read(
             tokens, None if fresh else cache.memory, places.documents
         )
-        y = rms_norm(jnp.moveaxis(y, 1, 2), self.output_norm[...])
-        y = y.reshape(batch, length, -1) * jax.nn.silu(self.gate(x))
+        y = jnp.moveaxis(y, 1, 2)
+        if self.skip is not None:
+            values = jnp.moveaxis(tokens.values, 1, 2).astype(y.dtype)
+            per_memory = self.config.num_heads // self.config.memories
+            values = jnp.repeat(values, per_memory, axis=2)
+            y = y + jnp.expand_dims(self.skip[...], (0, 1, 3)).astype(y.dtype) * values
+        if self.output_norm is not None:
+            y = rms_norm(y, self.output_norm[...])
+        y = y.reshape(batch, length, -1)
+        if self.gate is not None:
+            y = y * getattr(jax.nn, self.config.output.gate)(self.gate(x))
         return self.output(y), None if fresh else MirasCache(
             window, memory, places.last
         )

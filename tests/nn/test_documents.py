@@ -1,6 +1,7 @@
 """Rows of several documents and of padding: each document is read as if alone."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,9 @@ def hybrid():
     return Program(model(HYBRID, groups=1))
 
 
+@cache
 def read(program):
+    """Compiled once for all tests."""
     return jit(lambda p, tokens, ids, cache: program.model(p)(tokens, cache, ids))
 
 
