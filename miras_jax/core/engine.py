@@ -204,10 +204,9 @@ def _scan_blocks(scan, rule, params, state, blocks):
         state = rule.open_chunk(*carry)
         outputs, state = block(rule, params, state, tokens, aligned=True)
         state = rule.close(state, True)
-        return (state.dual, state.momentum, state.past), outputs
+        return rule.carried(state), outputs
 
-    carry = (state.dual, state.momentum, state.past)
-    carry, outputs = scan(step, carry, blocks, params)
+    carry, outputs = scan(step, rule.carried(state), blocks, params)
     return outputs.reshape(-1, outputs.shape[-1]), rule.open_chunk(*carry)
 
 

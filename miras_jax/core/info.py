@@ -93,6 +93,8 @@ def _loss_and_counterfactual(rule, params, state, token):
 
 def _anchor(rule, params, state, nothing) -> Weights:
     """The weights at which the gradient of this token is taken."""
+    if rule.algorithm.at == "zero":
+        return rule.weights(state)  # what it is compared with: the minimum so far
     if rule.algorithm.at == "retained":
         # Decayed, and nothing else: what a token leaves that neither learns nor moves.
         rates = nothing.rates

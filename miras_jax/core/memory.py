@@ -52,7 +52,7 @@ def layer_norm(x: jax.Array, params: Params) -> jax.Array:
     """LayerNorm over the last axis, eps 1e-6, with outer-learned scale and bias."""
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-    scale, bias = (jnp.expand_dims(p, range(x.ndim - 1)) for p in params[1:])
+    scale, bias = (jnp.expand_dims(p, range(x.ndim - 1)) for p in params[1:3])
     return centred * jax.lax.rsqrt(variance + 1e-6) * scale + bias
 
 

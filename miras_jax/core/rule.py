@@ -22,11 +22,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from miras_jax.core import attention, window
-from miras_jax.core.algorithm import Algorithm, GradientDescent, NonParametric
+from miras_jax.core import attention, checks, window
+from miras_jax.core.algorithm import Algorithm, GradientDescent
 from miras_jax.core.bias import L2, Bias
 from miras_jax.core.memory import Cache, Memory
-from miras_jax.core.retention import Decay, Keep, Retention
+from miras_jax.core.retention import Decay, Retention
 from miras_jax.core.types import (
     Choice,
     Params,
@@ -58,59 +58,7 @@ class Rule(Choice):
     readout: Literal["linear", "exact", "start"] = "linear"
 
     def __post_init__(self):
-        if self.readout not in ("linear", "exact", "start"):
-            raise UserError(
-                "Rule(readout=...) is 'linear', 'exact' or 'start'; "
-                f"got {self.readout!r}."
-            )
-        if (self.keeps_tokens or self.algorithm == NonParametric()) and not (
-            self.keeps_tokens
-            and (self.bias, self.retention, self.algorithm, self.chunk_size)
-            == (L2(), Keep(), NonParametric(), 1)
-        ):
-            raise UserError(
-                "A memory of the tokens themselves is memory.Cache() with bias.L2(), "
-                "retention.Keep(), algorithm.NonParametric() and chunk_size=1, as in "
-                f"variants.softmax_attention(); got {self.memory}, {self.bias}, "
-                f"{self.retention}, {self.algorithm} and chunk_size={self.chunk_size}."
-            )
-        if self.chunk_size < 1:
-            raise UserError(f"Rule needs chunk_size >= 1; got {self.chunk_size}.")
-        if self.algorithm.at == "retained" and not (
-            self.chunk_size == 1 and self.retention.is_identity
-        ):
-            raise UserError(
-                "An algorithm with at='retained' takes each token's gradient at its "
-                "own decayed weights and needs chunk_size=1 and retention.Decay(); got "
-                f"chunk_size={self.chunk_size} and {self.retention}. Use at='previous'."
-            )
-
-        delta_rule = self.memory.is_linear and self.bias == L2()
-        if self.algorithm.implicit and not (delta_rule and self.chunk_size == 1):
-            raise UserError(
-                f"{self.algorithm} has a closed form for memory.Linear(), bias.L2() "
-                f"and chunk_size=1; got {self.memory}, {self.bias} and chunk_size="
-                f"{self.chunk_size}. Use algorithm.GradientDescent()."
-            )
-        if self.algorithm.erases and not (
-            delta_rule and self.chunk_size == 1 and self.retention.is_identity
-        ):
-            raise UserError(
-                f"{self.algorithm} takes the delta rule apart and needs "
-                "memory.Linear(), bias.L2(), chunk_size=1 and retention.Decay() or "
-                f"Keep(); got {self.memory}, {self.bias}, chunk_size="
-                f"{self.chunk_size} and {self.retention}. Use GradientDescent()."
-            )
-        if self.retention.axis == "both" and (
-            self.memory.entries == 0
-            or "momentum" in self.algorithm.rates
-            or self.algorithm.window > 1
-        ):
-            raise UserError(
-                f"{self.retention} needs a memory with a key axis and an algorithm "
-                f"without momentum or window; got {self.memory} and {self.algorithm}. "
-                "Use retention.Decay(axis='value')."
-            )
+        checks.possible(self)
 
     @property
     def keeps_tokens(self) -> bool:
@@ -151,6 +99,8 @@ class Rule(Choice):
     def init(self, key: jax.Array, key_dim: int, value_dim: int) -> Params:
         """Initial weights and LayerNorm of one memory, for the outer loop to learn."""
         params = self.memory.init(key, key_dim, value_dim)
+        if self.algorithm.curves:
+            params = params._replace(ridge=self.algorithm.initial(key_dim))
         return params._replace(
             weights=tuple(self.retention.initial(w) for w in params.weights)
         )
@@ -162,9 +112,19 @@ class Rule(Choice):
         dtype = state_dtype(*params.weights)
         dual = tuple(self.retention.dual(w.astype(dtype)) for w in params.weights)
         past = window.empty(self.algorithm.window, dual, self.memory.entries)
-        return self.open_chunk(dual, self.algorithm.start(dual), past)
+        momentum, curvature = self.algorithm.start(dual), ()
+        if self.algorithm.curves:
+            dual, curvature = self.algorithm.opening(dual, params.ridge)
+        return self.open_chunk(dual, momentum, past, curvature)
 
-    def open_chunk(self, dual: Weights, momentum: Weights, past: Past | tuple) -> State:
+    @staticmethod
+    def carried(state: State) -> tuple[Weights, Weights, Past | tuple, Weights]:
+        """What is left of a state where a chunk ends, for `open_chunk`."""
+        return state.dual, state.momentum, state.past, state.curvature
+
+    def open_chunk(
+        self, dual: Weights, momentum: Weights, past: Past | tuple, curvature: Weights
+    ) -> State:
         """The state at the start of a chunk."""
         separate = self.has_anchor and not self.is_plain
         kept = tuple(
@@ -179,10 +139,13 @@ class Rule(Choice):
             momentum=momentum,
             stride=tuple(jnp.zeros_like(k) for k in kept) if strides else (),
             past=past,
+            curvature=curvature,
         )
 
     def weights(self, state: State) -> Weights:
         """The current weights W_s, those with which a query would be read now."""
+        if self.algorithm.curves:
+            return self.algorithm.weights(state.dual, state.curvature)
         if self.has_anchor and self.readout == "start":
             return tuple(self.retention.weights(a) for a in state.anchor)
         if not self.has_anchor or self.reads_exactly or self.is_plain:
@@ -261,35 +224,7 @@ class Rule(Choice):
 
     def check(self, tokens: Tokens) -> None:
         """UserError, naming the fix, if these tokens cannot be read by this rule."""
-        rates, ndim = tokens.rates, tokens.keys.ndim
-        for name in self.algorithm.rates:
-            if getattr(rates, name) is None:
-                raise UserError(
-                    f"{self.algorithm} needs rates.{name}; the tokens bring none."
-                )
-        if self.algorithm.erases and tokens.erase_keys is None:
-            raise UserError(
-                f"{self.algorithm} needs tokens.erase_keys, of the shape of keys; the "
-                "tokens bring none."
-            )
-        if self.algorithm.strides and rates.learn is not None:
-            if rates.learn.ndim == ndim:
-                raise UserError(
-                    f"{self.algorithm} multiplies its step by a learn of one number "
-                    f"per token; got a channel-wise one of shape {rates.learn.shape}. "
-                    "Use learn='inside'."
-                )
-        if rates.momentum is not None and rates.momentum.ndim != ndim - 1:
-            raise UserError(
-                "rates.momentum is one number per token, not channel-wise; got shape "
-                f"{rates.momentum.shape} for keys {tokens.keys.shape}."
-            )
-        channelwise = rates.keep is not None and rates.keep.ndim == ndim
-        if channelwise and not self.retention.channelwise:
-            raise UserError(
-                f"{self.retention} needs a keep that is constant inside a slice, one "
-                f"number per token; got a channel-wise one of shape {rates.keep.shape}."
-            )
+        checks.readable(self, tokens)
 
     def settled(
         self, anchor: Weights, dual: Weights, momentum: Weights, stride: Weights
@@ -339,7 +274,7 @@ class Rule(Choice):
         queries, keys, values, rates, erase_keys = token
         learn = self.algorithm.step_size(rates.learn, keys)
         anchor_dual = state.anchor if self.has_anchor else state.dual
-        opening = anchor = tuple(self.retention.weights(a) for a in anchor_dual)
+        anchor = tuple(self.retention.weights(a) for a in anchor_dual)
         keep = self._spread(*self.keeps(rates), self.sides(len(anchor)))
         learn = jnp.ones(()) if learn is None else learn
         stride = ()
@@ -350,6 +285,8 @@ class Rule(Choice):
             learn = jnp.ones_like(learn)
         if self.algorithm.at == "retained":
             anchor = tuple(k * w for k, w in zip(keep, anchor, strict=True))
+        if self.algorithm.at == "zero":
+            anchor = tuple(jnp.zeros_like(w) for w in anchor)
 
         def update(keys, values, learn, threshold):
             prediction, pull_back = jax.vjp(
@@ -383,9 +320,15 @@ class Rule(Choice):
             stride = ()
         kept = tuple(k * f for k, f in zip(state.kept, keep, strict=False))
         position = self.moved(state, 1)
-        state = State(dual, state.anchor, kept, momentum, position, stride, past)
-        weights = opening if self.readout == "start" else self.weights(state)
-        output = self._read(params, weights, queries)
+        curvature = state.curvature
+        if self.algorithm.curves:
+            own = learn * jnp.outer(keys, keys)
+            curvature = (keep[0] * curvature[0] + own, curvature[1])
+        before = self.weights(state) if self.readout == "start" else None
+        state = State(
+            dual, state.anchor, kept, momentum, position, stride, past, curvature
+        )
+        output = self._read(params, before or self.weights(state), queries)
         return output, self.close(state, state.position == self.chunk_size)
 
     def _read(self, params, weights, x):

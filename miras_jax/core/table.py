@@ -112,6 +112,13 @@ def write_rule(rule: Rule) -> str:
         last = f", the last {window}" if window else ""
         return f"Mₜ = Mₜ₋₁ ∪ {{(kₜ, vₜ)}}{last}"
     equations = _expanded(rule) or [*_recurrence(rule), *_mapped(rule)]
+    if isinstance(rule.algorithm, algorithm.Newton):
+        keep = _kept(rule.retention)
+        equations = [
+            "Mₜ = Gₜ (Hₜ + Λ)⁻¹",
+            f"Gₜ = {keep}Gₜ₋₁ + ηₜ vₜ kₜᵀ",
+            f"Hₜ = {keep}Hₜ₋₁ + ηₜ kₜ kₜᵀ",
+        ]
     if rule.algorithm.steps > 1:
         equations.append(f"{rule.algorithm.steps} pairs (kₜ, vₜ) per token, αₜ once")
     return ", ".join(equations)

@@ -63,11 +63,12 @@ class Documents(NamedTuple):
 
 
 class Params(NamedTuple):
-    """What the outer loop learns of a memory: how it starts, and its LayerNorm."""
+    """What the outer loop learns of a memory: how it starts, LayerNorm, Lambda."""
 
     weights: Weights  # initial weights W_0 (logits for KL retention)
     norm_scale: jax.Array | None = None  # [V]
     norm_bias: jax.Array | None = None  # [V]
+    ridge: jax.Array | None = None  # [K], of Newton: Lambda before its softplus
 
 
 class Past(NamedTuple):
@@ -89,6 +90,7 @@ class State(NamedTuple):
     momentum  m_s, the running inner step
     stride    step sizes of the chunk so far, decayed and summed, per matrix (only where
               learn multiplies the step at the chunk's end)
+    curvature H_s and Lambda (only of Newton, whose dual is G_s)
     past      the last pairs (only where a step learns from a window of them)
     position  tokens of the current chunk already read; a Python int where it is known
               while tracing, which lets `run` split the sequence without padding
@@ -101,6 +103,7 @@ class State(NamedTuple):
     position: int | jax.Array = 0
     stride: Weights = ()
     past: Past | tuple[()] = ()
+    curvature: Weights = ()
 
 
 def state_dtype(*arrays: jax.Array) -> jnp.dtype:

@@ -195,8 +195,10 @@ class MirasLayer(nnx.Module):
             [param(w, ("memory", None, None)) for w in memory.weights]
         )
         self.norm = nnx.List(
-            [param(p, ("memory", None)) for p in memory[1:] if p is not None]
+            [param(p, ("memory", None)) for p in memory[1:3] if p is not None]
         )
+        ridge = memory.ridge
+        self.ridge = nnx.data(None if ridge is None else param(ridge, ("memory", None)))
         read_out, output = heads * value_dim, config.output
         scale = param(jnp.ones((heads, value_dim)), ("memory", None))
         self.output_norm = nnx.data(scale if output.norm == "rms" else None)
@@ -229,7 +231,9 @@ class MirasLayer(nnx.Module):
     @property
     def memory_params(self) -> Params:
         """Parameters of the memories, every leaf `[G, ...]`."""
-        return Params(tuple(w[...] for w in self.weights), *(p[...] for p in self.norm))
+        norm = [p[...] for p in self.norm] or (None, None)
+        ridge = None if self.ridge is None else self.ridge[...]
+        return Params(tuple(w[...] for w in self.weights), *norm, ridge)
 
     def start(self, batch: int, max_length: int, dtype: jnp.dtype) -> MirasCache:
         """The cache before the first token; its size does not depend on max_length."""

@@ -42,6 +42,7 @@ VARIANT_NAMES = (
     "delta_product",
     "rwkv7",
     "longhorn",
+    "mesa_net",
     "softmax_attention",
     "sliding_window_attention",
 )
@@ -127,6 +128,7 @@ def axis_cases():
     muon = replace(plain, algorithm=algorithm.Muon(iterations=2))
     atlas = replace(muon, algorithm=algorithm.Muon(iterations=2, learn="outside"))
     omega = replace(plain, algorithm=algorithm.Omega(6, algorithm.GradientDescent()))
+    newton = replace(linear, algorithm=algorithm.Newton(ridge=0.7), chunk_size=1)
     hebbian = {"memory": memory.Linear(), "bias": bias.DotProduct(), "chunk_size": 1}
     omega_lq = replace(mirror, algorithm=algorithm.Omega(3, algorithm.Momentum()))
     momentum_lq = replace(mirror, algorithm=algorithm.Momentum())
@@ -203,6 +205,7 @@ def axis_cases():
         Case("omega-channels", replace(omega, bias=yaad.bias), True),
         Case("omega-momentum-lq", omega_lq),
         Case("omega-dot-product", replace(omega, **hebbian)),
+        Case("newton-start", replace(newton, readout="start")),
         Case("start-channels", replace(moneta, readout="start"), True),
         Case("start-one", replace(linear, readout="start", chunk_size=1)),
         Case("momentum-lq-exact", replace(momentum_lq, readout="exact")),

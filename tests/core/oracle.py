@@ -344,6 +344,22 @@ def attend(query, keys, values):
     return weights @ values / np.sum(weights)
 
 
+def newton(rule, params, queries, keys, values, rates):
+    """W_t = (H_t + Lambda)^{-1} G_t by recursive sums, solved at every token."""
+    ridge = np.diag(0.25 + np.log1p(np.exp(np.asarray(params.ridge))))
+    (w,) = (np.asarray(x, np.float64) for x in params.weights)
+    g, h = ridge @ w, np.zeros_like(ridge)
+    outputs = []
+    for s in range(len(keys)):
+        (learn,), (keep,), _, _ = token_rates(rule, rates, 1, s)
+        before = w
+        g = keep * g + learn * np.outer(keys[s], values[s])
+        h = keep * h + learn * np.outer(keys[s], keys[s])
+        w = np.linalg.inv(h + ridge) @ g
+        outputs.append(queries[s] @ (before if rule.readout == "start" else w))
+    return np.array(outputs), [w]
+
+
 def run(rule, params, tokens):
     """Return outputs [L, V] and the weights W_L = weights(A_L) after the last token."""
     steps = rule.algorithm.steps
@@ -356,6 +372,8 @@ def run(rule, params, tokens):
         outputs, weights = run(single, params, every_pair(tokens))
         return outputs[steps - 1 :: steps], weights
     queries, keys, values = (np.asarray(x, np.float64) for x in tokens[:3])
+    if type(rule.algorithm).__name__ == "Newton":
+        return newton(rule, params, queries, keys, values, tokens.rates)
     if type(rule.memory).__name__ == "Cache":
         kept = slice(-(rule.memory.window or len(keys)), None)
         outputs = [

@@ -189,3 +189,79 @@ def rwkv7(state, r, w, removal, a, replacement, v):
         state = state @ transition + np.outer(v_t, new)
         outputs.append(state @ r_t)
     return np.array(outputs)
+
+
+def mesa_net(state, queries, keys, values, beta, gamma, ridge):
+    """The minimum of sum_i zeta_ti |S k_i - v_i|^2 + tr (S - S_t) Lambda (S - S_t)^T.
+
+    MesaNet, arXiv 2506.05233, eq. 6: zeta_ti = beta_i gamma_{i+1} ... gamma_t, and S_t
+    the start after as much forgetting (zero in the paper). As one least-squares problem
+    for every token, a row for each pair and each channel of the ridge.
+    """
+    outputs, zeta = [], np.zeros(0)
+    for t, q in enumerate(queries):
+        state = gamma[t] * state
+        zeta = np.append(gamma[t] * zeta, beta[t])
+        rows = np.sqrt(zeta)[:, None]
+        matrix = np.concatenate([rows * keys[: t + 1], np.diag(np.sqrt(ridge))])
+        start = np.sqrt(ridge)[:, None] * state.T
+        target = np.concatenate([rows * values[: t + 1], start])
+        outputs.append(q @ np.linalg.lstsq(matrix, target)[0])
+    return np.array(outputs)
+
+
+def atlas(state, queries, keys, values, eta, theta, alpha, window, iterations):
+    """S_t = theta S + grad of the last pairs' errors, M_t = alpha M - eta NS(S_t).
+
+    Atlas, arXiv 2505.23735, eq. 32 and 33, with a matrix as memory and errors halved.
+    """
+    momentum, outputs = np.zeros_like(state), []
+    for t, q in enumerate(queries):
+        for i in range(max(0, t - window + 1), t + 1):
+            own = np.outer(state @ keys[i] - values[i], keys[i])
+            first = i == max(0, t - window + 1)
+            momentum = theta[t] * momentum + own if first else momentum + own
+        x = momentum / np.linalg.norm(momentum)
+        for _ in range(iterations):
+            gram = x.T @ x
+            x = x @ (3.4445 * np.eye(len(gram)) - 4.775 * gram + 2.0315 * gram @ gram)
+        state = alpha[t] * state - eta[t] * x
+        outputs.append(state @ q)
+    return np.array(outputs)
+
+
+def lact(weights, queries, keys, values, eta, beta, size, iterations):
+    """W <- L2norm(W - Muon(M)), M <- beta M + sum_i eta_i grad -f(k_i) v_i, by chunk.
+
+    LaCT, arXiv 2505.23884, section 3: f(x) = W_2 (silu(W_1 x) * W_3 x), apply first.
+    Weights are [out, in] in the order W_1, W_3, W_2; gradients by hand.
+    """
+    weights, momenta = list(weights), [np.zeros_like(w) for w in weights]
+    norms = [np.linalg.norm(w, axis=1, keepdims=True) for w in weights]
+    outputs = []
+
+    def hidden(x):
+        gate, up = weights[0] @ x, weights[1] @ x
+        return gate, up, 1 / (1 + np.exp(-gate))
+
+    for c in range(0, len(queries), size):
+        for q in queries[c : c + size]:
+            gate, up, s = hidden(q)
+            outputs.append(weights[2] @ (gate * s * up))
+        totals = [np.zeros_like(w) for w in weights]
+        for i in range(c, min(c + size, len(keys))):
+            gate, up, s = hidden(keys[i])
+            inner = -weights[2].T @ values[i]
+            slope = s * (1 + gate * (1 - s))
+            totals[0] += eta[i] * np.outer(inner * up * slope, keys[i])
+            totals[1] += eta[i] * np.outer(inner * gate * s, keys[i])
+            totals[2] += eta[i] * np.outer(-values[i], gate * s * up)
+        for j, total in enumerate(totals):
+            x = momenta[j] = beta[c] * momenta[j] + total
+            x = x / np.linalg.norm(x)
+            for _ in range(iterations):
+                a = x @ x.T
+                x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+            w = weights[j] - x
+            weights[j] = w / np.linalg.norm(w, axis=1, keepdims=True) * norms[j]
+    return np.array(outputs)

@@ -276,6 +276,13 @@ def test_readout_and_chunk_size_are_part_of_the_model():
         (lambda: algorithm.Muon(iterations=0), "algorithm.Momentum"),
         (lambda: algorithm.Muon(learn="both"), "'inside'"),
         (lambda: algorithm.Omega(0), "window"),
+        (lambda: algorithm.Newton(iterations=0), "iterations"),
+        (lambda: algorithm.Newton(ridge=0.1), "0.25"),
+        (lambda: replace(variant("mesa_net"), chunk_size=4), "chunk_size=1"),
+        (lambda: replace(variant("mesa_net"), bias=bias.L1()), "bias.L2"),
+        (lambda: replace(variant("mesa_net"), memory=memory.MLP()), "memory.Linear"),
+        (lambda: replace(variant("mesa_net"), retention=retention.Lq()), "Decay"),
+        (lambda: algorithm.Omega(4, algorithm.Newton()), "inner"),
         (lambda: algorithm.Omega(4, algorithm.Implicit()), "inner"),
         (
             lambda: algorithm.Omega(4, algorithm.Momentum(at="retained")),
@@ -363,6 +370,12 @@ def test_erasing_without_its_rate_or_its_keys_is_refused():
 
 def test_a_step_size_outside_of_muon_is_one_per_token():
     refuse(variant("atlas"), "learn='inside'", learn=np.full((core.LENGTH, 4), 0.3))
+
+
+@pytest.mark.parametrize("name", ["learn", "keep"])
+def test_newton_refuses_channelwise_rates(name):
+    given = {name: np.full((core.LENGTH, 4), 0.3)}
+    refuse(variant("mesa_net"), f"rates.{name} is one number", **given)
 
 
 def test_kl_refuses_channelwise_keep():

@@ -25,6 +25,8 @@ NAMES = (
     "delta_product",
     "linear-channels",
     "elastic-hard",
+    "omega-dot-product",
+    "mesa_net",
 )
 
 

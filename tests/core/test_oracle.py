@@ -34,7 +34,8 @@ def configurations():
         if readout == "exact":
             continue  # a row of the contract; here every row is read both ways
         yield case, 1, readout
-        alone = case.rule.algorithm.erases or case.rule.keeps_tokens
+        learner = case.rule.algorithm
+        alone = learner.erases or learner.curves or case.rule.keeps_tokens
         if case.rule.algorithm.at == "previous" and not alone:
             yield case, 4, readout
             nonlinear = isinstance(case.rule.retention, NONLINEAR)

@@ -22,6 +22,8 @@ WRITTEN = {
     variants.lact: "Wₜ = Wₜ₋₁ + O(Sₜ), Sₜ = μₜ Sₜ₋₁ − ηₜ ∇ℓ, Wₜ ← Sphere(Wₜ)",
     variants.omega_net: "Wₜ = αₜ Wₜ₋₁ − Σ₁₆ ηᵢ ∇ℓᵢ",
     variants.atlas: "Wₜ = αₜ Wₜ₋₁ + ηₜ O(Sₜ), Sₜ = μₜ Sₜ₋₁ − Σ₁₆ ∇ℓᵢ",
+    variants.mesa_net: "Mₜ = Gₜ (Hₜ + Λ)⁻¹, Gₜ = αₜ Gₜ₋₁ + ηₜ vₜ kₜᵀ, "
+    "Hₜ = αₜ Hₜ₋₁ + ηₜ kₜ kₜᵀ",
     variants.ttt_linear: "Wₜ = Wₜ₋₁ − ηₜ ∇ℓ",
 }
 

@@ -13,4 +13,5 @@ from miras_jax.core.algorithm.descent import Implicit as Implicit
 from miras_jax.core.algorithm.descent import Momentum as Momentum
 from miras_jax.core.algorithm.descent import NonParametric as NonParametric
 from miras_jax.core.algorithm.muon import Muon as Muon
+from miras_jax.core.algorithm.newton import Newton as Newton
 from miras_jax.core.algorithm.omega import Omega as Omega

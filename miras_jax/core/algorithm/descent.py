@@ -16,12 +16,13 @@ At = Literal["previous", "retained"]
 class Algorithm(Protocol):
     """What a rule needs of a learning algorithm."""
 
-    at: At  # gradient at W ("previous") or at keep_s W ("retained")
+    at: str  # gradient at W ("previous"), at keep_s W ("retained") or at 0 ("zero")
     rates: tuple[str, ...]  # the rates without which it cannot run
     steps: int  # key-value pairs per token
     implicit: bool  # whether it solves for the step, which only the delta rule allows
     erases: bool  # whether it erases at keys of their own: the delta rule, taken apart
     axis: str  # "key" or "value": where a channel-wise learn acts on a single matrix
+    curves: bool  # whether it divides by a curvature, of which the dual is one side
     settles: bool  # whether its step is taken by settle, at a chunk's end
     window: int  # last tokens whose gradients make one step
     strides: bool  # whether learn multiplies that step instead of the gradients
@@ -61,6 +62,7 @@ class _Descent(Choice):
     implicit = False
     erases = False
     axis = "value"
+    curves = False
     settles = False
     strides = False
     window = 1

@@ -24,6 +24,7 @@ class Omega(Choice):
     steps = 1
     implicit = False
     erases = False
+    curves = False
 
     def __post_init__(self):
         if self.window < 1:

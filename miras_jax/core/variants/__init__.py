@@ -32,6 +32,7 @@ from miras_jax.core.variants.linear import longhorn as longhorn
 from miras_jax.core.variants.linear import longhorn_diagonal as longhorn_diagonal
 from miras_jax.core.variants.linear import mamba as mamba
 from miras_jax.core.variants.linear import mamba2 as mamba2
+from miras_jax.core.variants.linear import mesa_net as mesa_net
 from miras_jax.core.variants.linear import retnet as retnet
 from miras_jax.core.variants.linear import rwkv7 as rwkv7
 from miras_jax.core.variants.miras import memora as memora
@@ -65,6 +66,7 @@ ALL = (
     delta_product,
     rwkv7,
     longhorn,
+    mesa_net,
     softmax_attention,
     sliding_window_attention,
 )

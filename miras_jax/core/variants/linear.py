@@ -7,7 +7,7 @@ say.
 
 from dataclasses import replace
 
-from miras_jax.core.algorithm import EraseWrite, GradientDescent, Implicit
+from miras_jax.core.algorithm import EraseWrite, GradientDescent, Implicit, Newton
 from miras_jax.core.bias import L2, DotProduct
 from miras_jax.core.memory import Linear
 from miras_jax.core.retention import Decay, Keep
@@ -167,3 +167,13 @@ def longhorn() -> Rule:
     or one per value channel, a sigmoid (arXiv 2407.14207, eq. 6 and 7).
     """
     return Rule(Linear(), L2(), Keep(), Implicit(), chunk_size=1)
+
+
+def mesa_net() -> Rule:
+    """M_t = G_t (H_t + Lambda)^-1, G = keep G + learn v k^T, H = keep H + learn k k^T.
+
+    The least-squares solution of all pairs so far by 30 rounds of conjugate gradients
+    (MesaNet, arXiv 2506.05233, eq. 6 to 9): learn and keep sigmoids per token and head,
+    Lambda learned per key channel, at least 0.25 and 1 at first.
+    """
+    return Rule(Linear(), L2(), Decay(), Newton(), chunk_size=1)
