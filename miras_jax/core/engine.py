@@ -300,7 +300,9 @@ def _shift(rule, state, documents, size):
         return position
     first = jnp.argmax(documents.starts)
     before = jnp.arange(len(documents.starts)) < first
-    free = jnp.any(documents.starts) & ~jnp.any(documents.real & before)
+    # Without chunks the blocks may begin anywhere.
+    bound = rule.has_anchor & jnp.any(documents.real & before)
+    free = jnp.any(documents.starts) & ~bound
     return jnp.where(free, -first % size, position)
 
 

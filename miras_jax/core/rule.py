@@ -331,6 +331,12 @@ class Rule(Choice):
         output = self._read(params, before or self.weights(state), queries)
         return output, self.close(state, state.position == self.chunk_size)
 
+    def recall(self, params: Params, state: State, queries: jax.Array) -> jax.Array:
+        """Outputs for queries `[..., K]` at the current weights; nothing is written."""
+        dtype = state_dtype(*state.dual)
+        y = self._read(params, self.weights(state), queries.astype(dtype))
+        return y.astype(queries.dtype)
+
     def _read(self, params, weights, x):
         return self.memory.read(lambda i, y: y @ weights[i], params, x)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from miras_jax.core.types import Choice, state_dtype
 from miras_jax.errors import UserError
 from miras_jax.nn.documents import Last, beginning, locate
-from miras_jax.nn.layers import Projection, rotate, split_heads
+from miras_jax.nn.layers import Projection, param, rotate, split_heads
 
 
 @dataclass(frozen=True, repr=False)
@@ -19,11 +19,15 @@ class Attention(Choice):
 
     num_kv_heads: heads of keys and values, each for an equal group of query heads
     (arXiv 2305.13245); None: as many as query heads.
+    persistent: learned keys and values that every token sees, without a place of their
+    own: what is known of the task whatever the text (Titans, arXiv 2501.00663, section
+    3.3, where tokens in front of the input are learned).
     """
 
     num_heads: int = 4
     window: int | None = None
     num_kv_heads: int | None = None
+    persistent: int = 0
 
     alignment = 1
 
@@ -70,6 +74,11 @@ class AttentionLayer(nnx.Module):
         self.output = Projection(
             width, width, ("heads", "embed"), scale=output_scale, rngs=rngs
         )
+        self.persistent = nnx.data(None)
+        if config.persistent:
+            shape = (2, config.persistent, config.kv_heads, self.channels)
+            pairs = jax.random.normal(rngs.params(), shape)
+            self.persistent = param(pairs, (None, None, "memory", None))
 
     def start(self, batch: int, max_length: int, dtype: jnp.dtype) -> AttentionCache:
         size = max_length if self.config.window is None else self.config.window
@@ -124,7 +133,8 @@ class AttentionLayer(nnx.Module):
         seen &= document[:, :, None] == all_documents[:, None, :]
         if self.config.window is not None:
             seen &= age < self.config.window
-        y = attend(queries, keys, values, seen)
+        persistent = None if self.persistent is None else self.persistent[...]
+        y = attend(queries, keys, values, seen, persistent)
         if cache is None:
             return y, None
         if places.documents is not None:
@@ -141,12 +151,20 @@ class AttentionLayer(nnx.Module):
         return y, AttentionCache(*kept, places.last)
 
 
-def attend(queries, keys, values, seen) -> jax.Array:
+def attend(queries, keys, values, seen, persistent=None) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v over what is seen, `[B, L, S]`; H / G queries per key.
 
     queries `[B, L, H, K]`, keys and values `[B, S, G, .]`; logits and their softmax in
-    float32 or more. Tokens that see nothing get the mean.
+    float32 or more. Tokens that see nothing get the mean. persistent `[2, N, G, .]`:
+    keys and values that all tokens see.
     """
+    if persistent is not None:
+        shape = (2, len(keys), *persistent.shape[1:])
+        always = jnp.broadcast_to(persistent[:, None], shape).astype(keys.dtype)
+        keys = jnp.concatenate([always[0], keys], axis=1)
+        values = jnp.concatenate([always[1], values], axis=1)
+        known = jnp.ones((*seen.shape[:2], shape[2]), bool)
+        seen = jnp.concatenate([known, seen], axis=2)
     batch, length, heads, channels = queries.shape
     grouped = queries.reshape(batch, length, keys.shape[2], -1, channels)
     dtype = state_dtype(queries)

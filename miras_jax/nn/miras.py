@@ -10,7 +10,7 @@ from flax import nnx
 
 from miras_jax.core import engine
 from miras_jax.core.rule import Rule
-from miras_jax.core.types import Choice, Params, Rates, State, Tokens
+from miras_jax.core.types import Choice, Documents, Params, Rates, State, Tokens
 from miras_jax.errors import UserError
 from miras_jax.nn.defaults import RateChoices as RateChoices
 from miras_jax.nn.defaults import default_rates as default_rates
@@ -340,27 +340,41 @@ class MirasLayer(nnx.Module):
     def _read(self, tokens, memory, documents):
         """Outputs `[B, H, L, V]` and the memories after these tokens."""
         rule, params = self.config.rule, self.memory_params
-        batch, heads, length, channels = tokens.queries.shape
-        single = length == 1 and documents is None
+        return read_memories(rule, params, memory, tokens, documents)
 
-        def read(params, state, queries, tokens, documents):
-            tokens = tokens._replace(queries=queries)
-            if state is None:
-                state = rule.start(params)
-            elif single:
-                token = jax.tree.map(lambda t: t[0], tokens)
-                output, state = engine.step(rule, params, state, token)
-                return output[None], state
-            output, state = engine.run(rule, params, state, tokens, documents=documents)
-            return output, state if memory is not None else None
 
-        # Innermost the queries of one memory, which is written once for all of them.
-        read = jax.vmap(read, (None, None, 0, None, None), (0, None))
-        read = jax.vmap(read, (0, 0, 0, 0, None))
-        read = jax.vmap(read, (None, 0, 0, 0, 0))
-        queries = tokens.queries.reshape(
-            batch, self.config.memories, -1, length, channels
-        )
-        others = tokens._replace(queries=None)
-        y, memory = read(params, memory, queries, others, documents)
-        return y.reshape(batch, heads, length, -1), memory
+def read_memories(
+    rule: Rule,
+    params: Params,
+    memory: State | None,
+    tokens: Tokens,
+    documents: Documents | None,
+) -> tuple[jax.Array, State | None]:
+    """A batch of rows through G memories: outputs `[B, H, L, V]`, the states after.
+
+    Leaves of params are `[G, ...]`, of memory (None: from the start, and none is
+    returned) `[B, G, ...]`, of tokens `[B, G, L, ...]`, but queries `[B, H, L, K]`.
+    """
+    batch, heads, length, channels = tokens.queries.shape
+    single = length == 1 and documents is None
+
+    def read(params, state, queries, tokens, documents):
+        tokens = tokens._replace(queries=queries)
+        if state is None:
+            state = rule.start(params)
+        elif single:
+            token = jax.tree.map(lambda t: t[0], tokens)
+            output, state = engine.step(rule, params, state, token)
+            return output[None], state
+        output, state = engine.run(rule, params, state, tokens, documents=documents)
+        return output, state if memory is not None else None
+
+    # Innermost the queries of one memory, which is written once for all of them.
+    read = jax.vmap(read, (None, None, 0, None, None), (0, None))
+    read = jax.vmap(read, (0, 0, 0, 0, None))
+    read = jax.vmap(read, (None, 0, 0, 0, 0))
+    memories = len(params.weights[0])
+    queries = tokens.queries.reshape(batch, memories, -1, length, channels)
+    others = tokens._replace(queries=None)
+    y, memory = read(params, memory, queries, others, documents)
+    return y.reshape(batch, heads, length, -1), memory

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,20 @@ from flax import nnx
 from miras_jax.core import variants
 from miras_jax.core.types import Choice
 from miras_jax.errors import UserError
-from miras_jax.nn.attention import Attention
 from miras_jax.nn.layers import Projection, RMSNorm, SwiGLU, param
 from miras_jax.nn.miras import Miras
 
-Mixer = Miras | Attention
+
+class Mixer(Protocol):
+    """What a model needs of a sequence layer; any frozen dataclass with these will do.
+
+    The module that `build` makes has `start(batch, max_length, dtype)`, the cache
+    before the first token, and `(x, cache, segment_ids) -> (y, cache)`.
+    """
+
+    alignment: int  # tokens of which a document's start in a row must be a multiple
+
+    def build(self, width: int, output_scale: float, rngs: nnx.Rngs) -> nnx.Module: ...
 
 
 @dataclass(frozen=True, repr=False)

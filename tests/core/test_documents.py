@@ -140,6 +140,28 @@ def test_padding_on_the_left_may_have_any_length(name):
         assert error(go_on(params, state, later)[0], following) < 1e-10
 
 
+def test_without_chunks_a_document_may_start_anywhere_in_a_call():
+    """Tiles of four, a start at the fifth token of a call that goes on with another."""
+    case = CASES["gated_delta_net"]
+    params, tokens = core.inputs(case)
+    rule = case.rule
+    marks = documents([slice(5, 9)], core.LENGTH)._replace(
+        real=np.arange(core.LENGTH) < 9
+    )
+    first = jax.tree.map(lambda x: x[:3], core.inputs(case, seed=1)[1])
+    _, state = core.run(rule, None)(params, core.start(rule)(params), first)
+    results = [
+        core.jit(
+            lambda params, state, how=how: miras.run(
+                rule, params, state, tokens, documents=marks, implementation=how
+            )
+        )(params, state._replace(position=jnp.asarray(state.position)))
+        for how in ("xla", "definition")
+    ]
+    for actual, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_alignment_is_what_a_rule_reads_at_once():
     expected = {"yaad": 4, "gated_delta_net": 4, "delta_product": 2}
     for name, tokens in expected.items():

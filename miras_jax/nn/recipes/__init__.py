@@ -3,9 +3,17 @@
 A variant (`miras_jax.variants`) is a rule; a recipe is the layer around it: what its
 rates are made of and start from, what queries and keys pass through, what becomes of
 the output. Each docstring says where it follows its paper and where it does not, or
-where the paper is silent. All return a mixer for `Model(mixers=...)`.
+where the paper is silent. All return a mixer, hybrids several, for `Model(mixers=...)`.
 """
 
+from miras_jax.nn.recipes.architectures import gated_delta_net_h1 as gated_delta_net_h1
+from miras_jax.nn.recipes.architectures import gated_delta_net_h2 as gated_delta_net_h2
+from miras_jax.nn.recipes.architectures import miras_h as miras_h
+from miras_jax.nn.recipes.architectures import samba as samba
+from miras_jax.nn.recipes.architectures import titans_mac as titans_mac
+from miras_jax.nn.recipes.architectures import titans_mag as titans_mag
+from miras_jax.nn.recipes.architectures import titans_mal as titans_mal
+from miras_jax.nn.recipes.architectures import tnt as tnt
 from miras_jax.nn.recipes.attention import sliding_window as sliding_window
 from miras_jax.nn.recipes.attention import softmax as softmax
 from miras_jax.nn.recipes.deep import atlas as atlas
