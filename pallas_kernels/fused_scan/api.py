@@ -12,7 +12,7 @@ from pallas_kernels.fused_scan import autodiff, reference
 
 Implementation = Literal["reference", "tpu", "gpu"]
 
-KERNELS: dict[str, str] = {"tpu": "tpu"}
+KERNELS: dict[str, str] = {"tpu": "tpu", "gpu": "gpu"}
 """Kernel implementations: their module here, by the platform that they run on."""
 
 

@@ -11,7 +11,7 @@ from pallas_kernels.fused_scan import autodiff, fused_scan, target
 from tests import kernels
 from tests.kernels import CASES, errors, inputs, over_batch, results
 
-KERNELS = ("tpu",)
+KERNELS = ("tpu", "gpu")
 TOLERANCE = {np.float32: 2e-6, jnp.bfloat16: 2e-2}
 # Outputs and cotangents of bfloat16 are rounded after sums in a different order.
 
@@ -42,9 +42,11 @@ def test_outputs_and_every_gradient(case, kernel):
     assert max(found.values()) < TOLERANCE[case.dtype], found
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("chunks, every", [(1, 1), (5, 2), (6, 3), (3, 8)])
-def test_recomputing_from_every_mth_carry(kernel, chunks, every, monkeypatch):
+STRETCHES = [(1, 1, "tpu"), (5, 2, "tpu"), (6, 3, "tpu"), (3, 8, "tpu"), (5, 2, "gpu")]
+
+
+@pytest.mark.parametrize("chunks, every, kernel", STRETCHES)
+def test_recomputing_from_every_mth_carry(chunks, every, kernel, monkeypatch):
     monkeypatch.setattr(autodiff, "stretch", lambda *_: min(every, chunks))
     found = compare(CASES[0], kernel, chunks)
     assert max(found.values()) < 2e-6, found
@@ -106,7 +108,7 @@ def test_under_checkpoint_and_as_part_of_a_scan(kernel):
     with target(kernel, interpret=True):
         actual = results(twice(kernel), (carry, xs, consts))
     found = errors(actual, expected)
-    assert max(found.values()) < 2e-6, found
+    assert max(found.values()) < 4e-6, found  # twice as many chunks, and sums by tiles
 
 
 def test_on_a_simulated_tpu_no_race_and_no_read_before_a_write():

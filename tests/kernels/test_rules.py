@@ -9,11 +9,12 @@ import pytest
 
 import miras_jax as miras
 from miras_jax import retention, variants
+from miras_jax.core import engine
 from miras_jax.errors import UserError
 from pallas_kernels.fused_scan import target, tpu
 from tests import core, kernels
 
-KERNELS = ("tpu",)
+KERNELS = ("tpu", "gpu")
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +42,21 @@ NAMES = (
     "implicit",
 )
 CASES = [case for case in core.all_cases() if case.name in NAMES]
+# What differs for a kernel that works by tiles; the others are made of the same parts.
+BY_TILES = ("yaad", "memora", "linear_attention", "gated_delta_net")
+PAIRS = [
+    pytest.param(case, kernel, id=f"{case.name}-{kernel}")
+    for kernel in KERNELS
+    for case in CASES
+    if kernel == "tpu" or case.name in BY_TILES
+]
 
 
 def batch(case, dtype=np.float32, length=None):
     """Parameters of one head and tokens of a few sequences."""
-    length = length or CHUNKS * max(case.rule.chunk_size, 5)
+    # Exact linear rules go through the kernel in tiles.
+    size = case.rule.chunk_size if case.rule.chunk_size > 1 else engine.LINEAR_TILE
+    length = length or CHUNKS * size + 2
     several = [core.inputs(case, length, seed=seed) for seed in range(ROWS)]
     params = jax.tree.map(lambda x: x.astype(np.float32), several[0][0])
     tokens = [tokens for _, tokens in several]
@@ -70,8 +81,7 @@ def expected(case, dtype):
     return kernels.results(run(case.rule, "xla"), batch(case, dtype))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case, kernel", PAIRS)
 def test_outputs_state_and_every_gradient(case, kernel):
     with target(kernel, interpret=True):
         actual = kernels.results(run(case.rule, "pallas"), batch(case))
@@ -89,7 +99,24 @@ def test_bfloat16_tokens(kernel):
     assert max(found.values()) < 2e-2, found
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["yaad", "gated_delta_net"])
+def test_lowers_to_triton(name):
+    """Every operation of both kernels is one that Triton's compiler takes."""
+    (case,) = (case for case in CASES if case.name == name)
+    dtype = jax.numpy.bfloat16
+    params, tokens = batch(case, dtype)
+
+    def both(params, tokens):
+        outputs, pull_back = jax.vjp(run(case.rule, "pallas"), params, tokens)
+        return pull_back(jax.tree.map(jax.numpy.ones_like, outputs))
+
+    with target("gpu"):
+        traced = jax.jit(both).trace(params, tokens)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 2
+
+
+@pytest.mark.parametrize("kernel", ("tpu",))
 def test_a_sequence_in_two_parts_that_are_no_whole_chunks(kernel):
     """The first ends inside a chunk, at a place known while compiling."""
     (case,) = (case for case in CASES if case.name == "yaad")

@@ -1,0 +1,291 @@
+"""The code of a jaxpr, equation by equation and tile by tile, as `layout` plans it."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from math import prod
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from pallas_kernels.fused_scan.tiles import (
+    ELEMENTWISE,
+    REDUCTIONS,
+    Index,
+    Memory,
+    Piece,
+    Refused,
+    axes,
+    each,
+    piece,
+)
+
+
+class Emitter:
+    """One run through the equations of a layout; see `layout.Layout.run`."""
+
+    def __init__(self, layout, inputs, scratch, machine):
+        self.limit = layout.tuning.tile
+        self.slots = layout.slots
+        self.scratch = scratch
+        self.machine = machine
+        variables = (*layout.jaxpr.constvars, *layout.jaxpr.invars)
+        self.memory = dict(zip(variables, inputs, strict=True))
+        self.held = {}  # variable -> its only tile
+        self.defined = {}  # variable -> equation, computed where it is read
+        self.layers = [{}]  # tiles computed on the way to the one being emitted
+
+    def axes(self, atom):
+        return axes(atom.aval.shape, self.limit)
+
+    def place(self, atom, index) -> tuple[Piece, ...]:
+        return tuple(map(piece, self.axes(atom), index))
+
+    def shape(self, atom, index) -> tuple[int, ...]:
+        return tuple(piece.size for piece in self.place(atom, index))
+
+    @contextmanager
+    def session(self):
+        """Tiles computed inside are forgotten afterwards."""
+        self.layers.append({})
+        yield
+        self.layers.pop()
+
+    def tile(self, atom, index: Index) -> jax.Array:
+        if isinstance(atom, Literal):
+            return jnp.asarray(atom.val, atom.aval.dtype)
+        for layer in self.layers:
+            if (atom, index) in layer:
+                return layer[atom, index]
+        if atom in self.held:
+            return self.held[atom]
+        if atom in self.memory:
+            tile = self.memory[atom].load(self.place(atom, index))
+        else:
+            tile = self.compute(self.defined[atom], index)
+        self.layers[-1][atom, index] = tile
+        return tile
+
+    def masked(self, atom, index, along, fill) -> jax.Array:
+        """The tile with `fill` where an axis of `along` has nothing."""
+        tile = self.tile(atom, index)
+        for axis in along:
+            piece = self.place(atom, index)[axis]
+            if piece.valid < piece.size:
+                position = jax.lax.broadcasted_iota(jnp.int32, tile.shape, axis)
+                tile = jnp.where(position < piece.valid, tile, _full(tile, fill))
+        return tile
+
+    # One tile of an equation that is not stored.
+
+    def compute(self, eqn, index: Index) -> jax.Array:
+        name, (out,) = eqn.primitive.name, eqn.outvars
+        shape = self.shape(out, index)
+        if name in ELEMENTWISE:
+            # Axes of length one are broadcast by the functions themselves.
+            sources = (
+                tuple(
+                    i if n > 1 else 0 for i, n in zip(index, v.aval.shape, strict=False)
+                )
+                for v in eqn.invars
+            )
+            operands = [
+                self.tile(*pair) for pair in zip(eqn.invars, sources, strict=True)
+            ]
+            return _elementwise(eqn, operands)
+        if name == "dot_general":
+            return self.product(_Product(eqn), index)
+        if name == "iota":
+            axis = eqn.params["dimension"]
+            start = self.place(out, index)[axis].start
+            return start + jax.lax.broadcasted_iota(out.aval.dtype, shape, axis)
+
+        (atom,) = eqn.invars
+        if name == "transpose":
+            permutation = eqn.params["permutation"]
+            source = [0] * len(index)
+            for i, axis in zip(index, permutation, strict=True):
+                source[axis] = i
+            tile = jnp.transpose(self.tile(atom, tuple(source)), permutation)
+        elif name == "broadcast_in_dim":
+            mapped = eqn.params["broadcast_dimensions"]
+            source = tuple(
+                index[axis] if atom.aval.shape[i] == out.aval.shape[axis] else 0
+                for i, axis in enumerate(mapped)
+            )
+            tile = self.tile(atom, source)
+            inner = [1] * len(shape)
+            for i, axis in enumerate(mapped):
+                inner[axis] = tile.shape[i]
+            if not all(n in (1, m) for n, m in zip(inner, shape, strict=True)):
+                raise _misaligned(eqn)
+            tile = jax.lax.broadcast_in_dim(tile, shape, mapped)
+        else:  # reshape, squeeze: axes of length one come and go
+            long = [i for i, n in zip(index, out.aval.shape, strict=True) if n > 1]
+            lengths = [n for n in out.aval.shape if n > 1]
+            if lengths != [n for n in atom.aval.shape if n > 1]:
+                raise _misaligned(eqn)
+            long = iter(long)
+            source = tuple(next(long) if n > 1 else 0 for n in atom.aval.shape)
+            tile = self.tile(atom, source)
+            if prod(tile.shape) != prod(shape):
+                raise _misaligned(eqn)
+            tile = jnp.reshape(tile, shape)
+        if tile.shape != shape:
+            raise _misaligned(eqn)
+        return tile
+
+    # Equations whose result is stored.
+
+    def keep(self, eqn) -> None:
+        (out,) = eqn.outvars
+        if out in self.slots:
+            key, number = self.slots[out]
+            memory = self.scratch[key][number]
+            self.machine.barrier()  # others may still read what was in this slot
+            self.each(
+                out, lambda index: self.save(out, memory, self.result, eqn, index)
+            )
+            self.machine.barrier()
+            self.memory[out] = memory
+        else:
+            index = (0,) * out.aval.ndim
+            with self.session():
+                self.held[out] = self.result(eqn, index)
+
+    def write(self, atom, memory: Memory) -> None:
+        self.machine.barrier()
+        self.each(atom, lambda index: self.save(atom, memory, self.tile, atom, index))
+
+    def each(self, atom, body: Callable[[Index], None]) -> None:
+        each(self.axes(atom), lambda index, _: body(index))
+
+    def save(self, atom, memory: Memory, compute: Callable, *args) -> None:
+        *_, index = args
+        with self.session():
+            tile = jnp.broadcast_to(compute(*args), self.shape(atom, index))
+            memory.store(self.place(atom, index), tile)
+
+    def result(self, eqn, index: Index) -> jax.Array:
+        """A tile of what is stored."""
+        if eqn.primitive.name not in REDUCTIONS:
+            return self.compute(eqn, index)
+        (atom,), (out,) = eqn.invars, eqn.outvars
+        reduce, combine, neutral = REDUCTIONS[eqn.primitive.name]
+        along = eqn.params["axes"]
+
+        def add(inner, total):
+            rest, reduced = iter(index), dict(zip(along, inner, strict=True))
+            source = tuple(
+                reduced[a] if a in reduced else next(rest)
+                for a in range(atom.aval.ndim)
+            )
+            with self.session():
+                part = reduce(self.masked(atom, source, along, neutral), axis=along)
+            return combine(total, part)
+
+        start = jnp.full(self.shape(out, index), neutral, out.aval.dtype)
+        total = each([self.axes(atom)[a] for a in along], add, start)
+        if total.shape != self.shape(out, index):
+            raise _misaligned(eqn)
+        return total
+
+    def product(self, product: "_Product", index: Index) -> jax.Array:
+        def add(inner, total):
+            with self.session():
+                term = product.multiply(self, index, *inner)
+            return total + term
+
+        start = jnp.zeros(self.shape(product.out, index), product.out.aval.dtype)
+        return each([self.axes(product.left)[product.left_inner]], add, start)
+
+
+def _full(tile, fill):
+    return jnp.full(tile.shape, fill, tile.dtype)
+
+
+def _misaligned(eqn):
+    shapes = " to ".join(str(v.aval) for v in (*eqn.invars, *eqn.outvars))
+    return Refused(
+        f"cannot take {eqn.primitive.name} from {shapes} by tiles, "
+        "which hold the last two axes of an array"
+    )
+
+
+def _elementwise(eqn, operands):
+    match eqn.primitive.name:
+        case "add_any":
+            return jnp.add(*operands)
+        case "copy" | "stop_gradient":
+            return operands[0]
+        case "select_n" if operands[0].ndim == 0 and operands[1].ndim:
+            operands[0] = jnp.broadcast_to(operands[0], operands[1].shape)
+    return eqn.primitive.bind(*operands, **eqn.params)
+
+
+class _Product:
+    """A `dot_general` with one contracted axis, as sums of products of tiles."""
+
+    def __init__(self, eqn):
+        (contract, self.batch) = eqn.params["dimension_numbers"]
+        if len(contract[0]) != 1:
+            raise _misaligned(eqn)
+        (self.left_inner,), (self.right_inner,) = contract
+        self.left, self.right = eqn.invars
+        (self.out,) = eqn.outvars
+        self.eqn = eqn
+        taken = (self.left_inner, *self.batch[0])
+        self.left_free = [a for a in range(self.left.aval.ndim) if a not in taken]
+        taken = (self.right_inner, *self.batch[1])
+        self.right_free = [a for a in range(self.right.aval.ndim) if a not in taken]
+
+    def left_tile(self, emitter, row, inner):
+        index = [0] * self.left.aval.ndim
+        for axis, i in zip((*self.batch[0], *self.left_free), row, strict=False):
+            index[axis] = i
+        index[self.left_inner] = inner
+        return self.left, tuple(index), (self.left_inner,), 0
+
+    def right_tile(self, emitter, out_index, inner):
+        batch = len(self.batch[1])
+        column = out_index[len(out_index) - len(self.right_free) :]
+        index = [0] * self.right.aval.ndim
+        for axis, i in zip(self.batch[1], out_index[:batch], strict=True):
+            index[axis] = i
+        for axis, i in zip(self.right_free, column, strict=True):
+            index[axis] = i
+        index[self.right_inner] = inner
+        return self.right, tuple(index), (self.right_inner,), 0
+
+    def multiply(self, emitter, index, inner):
+        left = emitter.masked(*self.left_tile(emitter, index, inner))
+        right = emitter.masked(*self.right_tile(emitter, index, inner))
+        left = _matrix(self.eqn, left, self.left_inner, inner_last=True)
+        right = _matrix(self.eqn, right, self.right_inner, inner_last=False)
+        dtype = self.out.aval.dtype
+        rows, inner_size, columns = *left.shape, right.shape[1]
+        if min(rows, inner_size, columns) >= 16:
+            precision = self.eqn.params["precision"]
+            product = emitter.machine.multiply(left, right, precision, dtype)
+        else:
+            left, right = left.astype(dtype), right.astype(dtype)
+            if inner_size == 1:
+                product = left * right
+            elif columns == 1:
+                product = jnp.sum(left * right.T, axis=1, keepdims=True)
+            else:
+                product = jnp.sum(left.T * right, axis=0, keepdims=True)
+        return product.reshape(emitter.shape(self.out, index))
+
+
+def _matrix(eqn, tile, inner: int, inner_last: bool):
+    """The tile as a matrix, its contracted axis last or first."""
+    free = [a for a in range(tile.ndim) if a != inner]
+    long = [a for a in free if tile.shape[a] > 1]
+    if len(long) > 1:
+        raise _misaligned(eqn)
+    before = bool(long) and long[0] < inner if long else inner_last
+    width = prod(tile.shape[a] for a in free)
+    shape = (width, tile.shape[inner]) if before else (tile.shape[inner], width)
+    matrix = tile.reshape(shape)
+    return matrix if before == inner_last else matrix.T

@@ -1,0 +1,213 @@
+"""A step as a list of products over tiles, for chips whose registers hold only a few.
+
+Triton keeps every value in registers and takes sizes that are powers of two. A chunk
+step has neither: its weights and hidden layers are larger than the registers of a whole
+multiprocessor, and head dimensions may be 96. So the step's equations are evaluated
+tile by tile. What lies between matrix products (elementwise, broadcast, transposed) is
+never stored: each tile of it is computed where it is read. Results of products and sums
+stay in registers as long as all that live there fit a budget; the others go to scratch
+memory, which a program reads back tile by tile from the second-level cache.
+
+`Layout` decides this from the equations alone; `Layout.run` emits the code.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal, Var
+
+from pallas_kernels.fused_scan.emitter import Emitter
+from pallas_kernels.fused_scan.tiles import (
+    ELEMENTWISE,
+    MOVES,
+    REDUCTIONS,
+    Machine,
+    Memory,
+    Refused,
+    axes,
+)
+
+
+class Tuning(NamedTuple):
+    """How a program is laid out; changes its speed, never its result."""
+
+    tile: int = 64  # largest extent of a tile
+    held: int = 8192  # bytes of stored results that may live in registers
+    chain: int = 8  # equations to be computed again rather than stored
+
+
+class Layout:
+    """A jaxpr without calls, evaluated by tiles.
+
+    `scratch`: `{(shape, dtype): count}` of the arrays that it needs.
+    """
+
+    def __init__(self, jaxpr: Any, tuning: Tuning):
+        self.tuning = tuning
+        self.jaxpr = jaxpr
+        for eqn in jaxpr.eqns:
+            _check(eqn)
+        self._plan()
+
+    @cached_property
+    def _outputs(self) -> dict[Var, list[int]]:
+        """The outputs that each variable is."""
+        places = defaultdict(list)
+        for k, var in enumerate(self.jaxpr.outvars):
+            places[var].append(k)
+        return places
+
+    def _plan(self):
+        """What is stored, when is it last read, and where does it stay until then?"""
+        self.kept = set()
+        readers = self._readers(frozenset())
+        self.kept.clear()
+        self._place(self._readers(self._cuts(readers)))
+
+    def _readers(self, cuts) -> dict[Var, set]:
+        """The moments at which each variable is read; fills `kept`."""
+        readers = defaultdict(set)
+        for moment in reversed(range(len(self.jaxpr.eqns))):
+            eqn = self.jaxpr.eqns[moment]
+            (out,) = eqn.outvars
+            name = eqn.primitive.name
+            if out in self._outputs:
+                readers[out].add((moment, "output"))
+            kept = out in cuts or name in REDUCTIONS
+            # A product that nothing but one output reads is computed as it is stored.
+            kept |= name == "dot_general" and [r for _, r in readers[out]] != ["output"]
+            if kept:
+                self.kept.add(out)
+            for atom in eqn.invars:
+                if isinstance(atom, Var):
+                    readers[atom] |= {(moment, "result")} if kept else readers[out]
+        return readers
+
+    def _cuts(self, readers) -> frozenset[Var]:
+        """Where to store what would otherwise be computed too often from too far."""
+        uses = defaultdict(int)
+        for eqn in self.jaxpr.eqns:
+            for atom in eqn.invars:
+                if isinstance(atom, Var):
+                    uses[atom] += 1
+        chains, cuts = {}, set()  # equations behind each variable that is not stored
+        for eqn in self.jaxpr.eqns:
+            (out,) = eqn.outvars
+            if eqn.primitive.name in (*REDUCTIONS, "dot_general"):
+                continue
+            sources = [
+                chains[v]
+                for v in eqn.invars
+                if not isinstance(v, Literal) and v in chains
+            ]
+            chain = frozenset((out,)).union(*sources)
+            again = len(readers[out]) - 1
+            if uses[out] > 1 and again and len(chain) >= self.tuning.chain:
+                cuts.add(out)
+            else:
+                chains[out] = chain
+        return frozenset(cuts)
+
+    def _place(self, readers):
+        live = {}  # kept variable -> (last moment, bytes in registers, slot)
+        free = defaultdict(list)
+        self.scratch = defaultdict(int)
+        self.slots = {}  # variable -> (key, number) of its scratch array, if it has one
+        for moment, eqn in enumerate(self.jaxpr.eqns):
+            (out,) = eqn.outvars
+            if out in self.kept:
+                grid = axes(out.aval.shape, self.tuning.tile)
+                # Threads along an axis of length one hold copies of the same entry.
+                size = prod(max(16, axis[0].size) for axis in grid)
+                size *= jnp.dtype(out.aval.dtype).itemsize
+                held = sum(entry[1] for entry in live.values())
+                # A loop over tiles cannot tell registers apart by its counter.
+                several = any(len(axis) > 1 for axis in grid)
+                if out.aval.shape and (several or held + size > self.tuning.held):
+                    key = (out.aval.shape, jnp.dtype(out.aval.dtype))
+                    if not free[key]:
+                        free[key].append(self.scratch[key])
+                        self.scratch[key] += 1
+                    self.slots[out] = (key, free[key].pop())
+                    size = 0
+                last = max((m for m, _ in readers[out]), default=moment)
+                live[out] = (last, size)
+            for var in [v for v, entry in live.items() if entry[0] <= moment]:
+                del live[var]
+                if var in self.slots:
+                    key, number = self.slots[var]
+                    free[key].append(number)
+
+    def run(
+        self,
+        inputs: Sequence[Memory],
+        outputs: Sequence[Memory],
+        scratch: dict[Any, Sequence[Memory]],
+        machine: Machine,
+    ) -> None:
+        """Emit the code. inputs: the constants first; outputs must not overlap them."""
+        emitter = Emitter(self, inputs, scratch, machine)
+        for var in (*self.jaxpr.constvars, *self.jaxpr.invars):
+            for k in self._outputs.get(var, ()):
+                emitter.write(var, outputs[k])
+        for k, atom in enumerate(self.jaxpr.outvars):
+            if isinstance(atom, Literal):
+                emitter.write(atom, outputs[k])
+        for eqn in self.jaxpr.eqns:
+            (out,) = eqn.outvars
+            if out in self.kept:
+                emitter.keep(eqn)
+            else:
+                emitter.defined[out] = eqn
+            for k in self._outputs.get(out, ()):
+                emitter.write(out, outputs[k])
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """A `Memory` that only has a dtype."""
+
+    dtype: jnp.dtype
+
+    def load(self, place):
+        return jnp.zeros([p.size for p in place], self.dtype)
+
+    def store(self, place, tile):
+        pass
+
+
+def objection(jaxpr: Any, tuning: Tuning, machine: Machine) -> str | None:
+    """Why a jaxpr cannot be evaluated by tiles, found by trying; None if it can."""
+
+    def attempt():
+        layout = Layout(jaxpr, tuning)
+        blank = lambda atom: _Blank(atom.aval.dtype)  # noqa: E731
+        slots = {key: [_Blank(key[1])] * n for key, n in layout.scratch.items()}
+        inputs = (*jaxpr.constvars, *jaxpr.invars)
+        layout.run(
+            list(map(blank, inputs)), list(map(blank, jaxpr.outvars)), slots, machine
+        )
+        return jnp.zeros(())
+
+    try:
+        jax.eval_shape(attempt)
+    except Refused as refused:
+        return str(refused)
+    return None
+
+
+def _check(eqn) -> None:
+    name = eqn.primitive.name
+    known = name in ELEMENTWISE or name in MOVES or name in REDUCTIONS
+    if not (known or name == "dot_general"):
+        raise Refused(
+            f"has no {name}, which the step uses; a step is made of "
+            "elementwise functions, broadcasts, transposes, sums, maxima and matrix "
+            "products"
+        )
