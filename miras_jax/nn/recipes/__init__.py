@@ -30,6 +30,7 @@ from miras_jax.nn.recipes.delta import delta_product as delta_product
 from miras_jax.nn.recipes.delta import gated_delta_net as gated_delta_net
 from miras_jax.nn.recipes.delta import kimi_delta_attention as kimi_delta_attention
 from miras_jax.nn.recipes.delta import longhorn as longhorn
+from miras_jax.nn.recipes.delta import mesa_net as mesa_net
 from miras_jax.nn.recipes.delta import rwkv7 as rwkv7
 from miras_jax.nn.recipes.linear import dfw as dfw
 from miras_jax.nn.recipes.linear import gla as gla

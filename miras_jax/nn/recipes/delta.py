@@ -103,3 +103,18 @@ def rwkv7(num_heads: int = 4) -> Miras:
         rotary=0,
         output=Output(gate="sigmoid"),
     )
+
+
+def mesa_net(num_heads: int = 4) -> Miras:
+    """MesaNet (arXiv 2506.05233, section 3): learn and keep are sigmoids per head.
+
+    q, k, v convolved with SiLU, q and k / |.|_2; RMSNorm per head, no gate, no
+    positions. Starts are not stated; here learn 0.5, and keep 0.9 to 0.999.
+    """
+    return Miras(
+        variants.mesa_net(),
+        num_heads,
+        RateChoices(learn=HALF, keep=PerHead("keep", (0.001, 0.1))),
+        rotary=0,
+        output=Output(gate="none"),
+    )
