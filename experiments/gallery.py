@@ -38,9 +38,9 @@ INTRODUCTION = f"""\
 # Gallery
 
 Every named rule on the same two small streams, untrained: a head of dimension {DIM}, at
-the middle of the rates that an untrained layer starts from (`miras_jax/nn/miras.py`,
-`default_rates`; no rate differs between tokens), in chunks of at most {CHUNK} tokens.
-Made by `python -m experiments.gallery`.
+the middle of the rates that an untrained layer starts from (`default_rates` in
+`miras_jax/nn/defaults.py`; no rate differs between tokens), in chunks of
+at most {CHUNK} tokens. Made by `python -m experiments.gallery`.
 
 **Left: what a read weighs.** {TOKENS} tokens of {SYMBOLS} symbols; a symbol has one
 key, of norm one, which is also its query, and every token a new value. Row t, column s:
@@ -204,10 +204,10 @@ def draw_all(portraits: dict[str, Portrait], path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """A PNG of 96 colours, a third of the size of one of all of them."""
+    """A PNG of 256 colours, a third of the size of one of all of them."""
     figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
-    picture.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def section(make: Callable[[], miras.Rule], portrait: Portrait) -> str:

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 
 import miras_jax as miras
-from miras_jax.nn.miras import default_rates
+from miras_jax.nn.defaults import default_rates
 
 
 def rates(rule: miras.Rule, length: int) -> miras.Rates:
