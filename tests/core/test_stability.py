@@ -1,0 +1,72 @@
+"""Inputs that break things: every named rule gives finite outputs and gradients.
+
+In bfloat16, as training has it, over several chunks. Longer texts and larger heads:
+`experiments/studies/stability.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import miras_jax as miras
+from miras_jax import bias
+from tests import core
+from tests.core import Case
+
+LENGTH, PARTS = 16, 8
+
+
+def adverse(rule, tokens):
+    """The same tokens as zeros, as one token, as two in turn, and loud.
+
+    A delta rule diverges by its equation where learn |k|^2 > 2: its keys stay as layers
+    make them.
+    """
+    every = np.arange(len(tokens.keys))
+    some = tokens._replace(rates=miras.Rates())
+
+    def changed(change):
+        return jax.tree.map(change, some)._replace(rates=tokens.rates)
+
+    cases = {
+        "zeros": changed(np.zeros_like),
+        "constant": changed(lambda x: x[0 * every]),
+        "repeated": changed(lambda x: x[every % 2]),
+        "loud values": tokens._replace(values=1e4 * tokens.values),
+    }
+    learner = rule.algorithm
+    safe = learner.implicit or learner.curves or rule.bias != bias.L2()
+    if safe or not rule.memory.is_linear:
+        cases["loud"] = changed(lambda x: 1e4 * x)
+    return cases
+
+
+@pytest.mark.parametrize("case", core.variant_cases(), ids=lambda case: case.name)
+def test_outputs_and_gradients_are_finite(case):
+    """The parts of a text share one program, which carries the state through a scan."""
+    rule = case.rule
+    params, tokens = core.inputs(Case(case.name, rule, case.channelwise), LENGTH)
+
+    def loss(params, tokens):
+        def part(state, _):
+            outputs, state = miras.run(rule, params, state, tokens)
+            return state, outputs.astype(jnp.float32)
+
+        state = rule.start(params)
+        if rule.keeps_tokens:
+            outputs = part(state, None)[1]
+        else:
+            outputs = jax.lax.scan(part, state, length=PARTS)[1]
+        weigh = jnp.cos(jnp.arange(outputs.size)).reshape(outputs.shape)
+        return jnp.mean(outputs * weigh), outputs
+
+    both = core.jit(jax.grad(loss, (0, 1), has_aux=True))
+    for name, given in adverse(rule, tokens).items():
+        low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), given)
+        full = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+        gradients, outputs = both(full, low)
+        assert np.all(np.isfinite(outputs)), f"outputs, {name}"
+        for path, leaf in jax.tree.leaves_with_path(gradients):
+            finite = np.isfinite(np.asarray(leaf, np.float32))
+            assert np.all(finite), f"gradient {jax.tree_util.keystr(path)}, {name}"
