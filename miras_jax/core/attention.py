@@ -14,7 +14,7 @@ without one there is a row for every token.
 import jax
 import jax.numpy as jnp
 
-from miras_jax.core.causal import make_dot
+from miras_jax.core.product import Dot
 from miras_jax.core.types import Params, State, Tokens, state_dtype
 
 QUERY_TILE = 128
@@ -62,7 +62,7 @@ def run(window: int | None, state: State, tokens: Tokens):
     keys, values = everything.dual
     (filled,) = everything.kept
     dtype = keys.dtype
-    dot = make_dot(tokens.keys.dtype, dtype)
+    dot = Dot(tokens.keys.dtype, dtype)
 
     padding = -length % tile
     keys, values, filled = (
@@ -83,7 +83,7 @@ def run(window: int | None, state: State, tokens: Tokens):
         own_keys, own_values, own_filled = (
             jax.lax.dynamic_slice_in_dim(x, start, rows) for x in (keys, values, filled)
         )
-        scores = dot(queries, own_keys.T) / keys.shape[1] ** 0.5
+        scores = dot.rows(queries, own_keys) / keys.shape[1] ** 0.5
         scores = jnp.where(seen & (own_filled.T > 0), scores, jnp.finfo(dtype).min)
         return (), dot(jax.nn.softmax(scores, axis=1), own_values)
 

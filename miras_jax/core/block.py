@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from miras_jax.core import causal, coefficients, readout
 from miras_jax.core.bias import L2, DotProduct
+from miras_jax.core.product import Dot, column
 from miras_jax.core.rule import Rule
 from miras_jax.core.types import Params, Rates, State, Tokens, state_dtype
 
@@ -69,7 +70,7 @@ def block(
     where it ends. Returns `(outputs [C, V], state)`.
     """
     dtype = state_dtype(*state.dual)
-    dot = causal.make_dot(tokens.keys.dtype, dtype)
+    dot = Dot(tokens.keys.dtype, dtype)
     tokens = jax.tree.map(lambda x: x.astype(dtype), tokens)
     queries, keys, values, rates, erase_keys = tokens
     rates = Rates(*(_column(rate) for rate in rates))
@@ -115,15 +116,19 @@ def block(
         if rule.algorithm.erases:
             return [f._replace(steps=causal.SumSteps(f.steps)) for f in flows]
         # Into the [C, C] coefficients: cheaper than into the factors.
-        pairs = zip(flows, scaling, strict=True)
-        return [flow if rate is None else flow.scaled(rate) for flow, rate in pairs]
+        pairs = list(zip(flows, scaling, strict=True))
+        made = {
+            (id(flow), id(rate)): flow if rate is None else flow.scaled(rate)
+            for flow, rate in pairs
+        }
+        return [made[id(flow), id(rate)] for flow, rate in pairs]
 
     flows = weighted(flow("after"))
     after = _advance(dot, rule, flows, state, inputs, cotangents, strides, len(keys))
     curvature = state.curvature
     if rule.algorithm.curves:
         h, ridge = curvature
-        full = causal.make_dot(dtype, dtype)
+        full = Dot(dtype, dtype)
         own = flows[0].steps.end(full, keys, keys)
         curvature = (flows[0].start.end(h) + own, ridge)
     after = after._replace(past=past, curvature=curvature)
@@ -158,7 +163,7 @@ def block(
 
 
 def _column(rate: jax.Array | None) -> jax.Array | None:
-    return rate[:, None] if rate is not None and rate.ndim == 1 else rate
+    return column(rate[None]) if rate is not None and rate.ndim == 1 else rate
 
 
 def _factors(dot, rule, params, weights, seen, starts):

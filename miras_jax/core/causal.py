@@ -14,37 +14,19 @@ lowering lacks: prefix sums are products with constant 0/1 matrices and selectio
 masks.
 """
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from miras_jax.core.product import Dot, apply, column, prefix_sum, row
 from miras_jax.core.types import Side
-
-Dot = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-def make_dot(operand_dtype: jnp.dtype, accumulator_dtype: jnp.dtype) -> Dot:
-    """Matrix product with operands and accumulation in the given dtypes."""
-
-    def dot(x, y):
-        x, y = x.astype(operand_dtype), y.astype(operand_dtype)
-        return jnp.matmul(x, y, preferred_element_type=accumulator_dtype)
-
-    return dot
 
 
 def safe_log(rate: jax.Array) -> jax.Array:
     """log(rate), finite also where a rate in [0, 1] is or underflows to zero."""
     return jnp.log(jnp.maximum(rate, jnp.finfo(rate.dtype).tiny))
-
-
-def prefix_sum(selection: np.ndarray, x: jax.Array) -> jax.Array:
-    """selection @ x for a constant 0/1 matrix, in full precision on every device."""
-    matrix = jnp.asarray(selection, x.dtype)
-    return jnp.matmul(matrix, x, precision=jax.lax.Precision.HIGHEST)
 
 
 When = Literal["after", "before", "between"]
@@ -108,19 +90,20 @@ class TokenSteps(NamedTuple):
     to_end: jax.Array  # D_Cs [C, 1]
 
     def scaled(self, rate):
-        return TokenSteps(self.mix * rate.T, self.to_end * rate)
+        return TokenSteps(self.mix * row(rate), self.to_end * rate)
 
     def summed(self, sums):
-        return TokenSteps(self.mix @ sums, sums.T @ self.to_end)
+        to_end = jnp.sum(sums * self.to_end, axis=0, keepdims=True)
+        return TokenSteps(apply(self.mix, sums), column(to_end))
 
     def scores(self, dot, x, a):
-        return dot(x, a.T) * self.mix
+        return dot.rows(x, a) * self.mix
 
     def read(self, dot, x, a, d):
         return dot(self.scores(dot, x, a), d)
 
     def end(self, dot, a, d):
-        return dot((self.to_end * a).T, d)
+        return dot.columns(self.to_end * a, d)
 
 
 class ChannelSteps(NamedTuple):
@@ -164,7 +147,7 @@ class ChannelSteps(NamedTuple):
         """x_t^T D_ts a_s of the pairs of each size, D of the key axis: `[n, C, C]`."""
         pairs = jnp.asarray(_halving(len(x))[0], x.dtype)
         if self.log_in is None:
-            return pairs * dot(x, a.T)[None]
+            return pairs * dot.rows(x, a)[None]
         factors = _factors(self.log_in, self.when)
         return pairs * dot(x[None] * factors, jnp.swapaxes(a[None] * factors, 1, 2))
 
@@ -193,7 +176,7 @@ class ChannelSteps(NamedTuple):
             a = a * jnp.exp(prefix_sum(later, self.log_in))
         if self.log_out is not None:
             d = d * jnp.exp(prefix_sum(later, self.log_out))
-        return dot(a.T, d)
+        return dot.columns(a, d)
 
 
 def _halving(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -258,7 +241,7 @@ class DenseSteps(NamedTuple):
     side: Side
 
     def scaled(self, rate):
-        mix = self.mix * rate.T[:, :, None]
+        mix = self.mix * row(rate)[:, :, None]
         return DenseSteps(mix, self.to_end * rate, self.side)
 
     def summed(self, sums):
@@ -271,12 +254,12 @@ class DenseSteps(NamedTuple):
     def read(self, dot, x, a, d):
         if self.side == "in":
             return dot(self.scores(dot, x, a), d)
-        return jnp.einsum("ts,so,tso->to", dot(x, a.T), d, self.mix)
+        return jnp.einsum("ts,so,tso->to", dot.rows(x, a), d, self.mix)
 
     def end(self, dot, a, d):
         if self.side == "in":
-            return dot((self.to_end * a).T, d)
-        return dot(a.T, self.to_end * d)
+            return dot.columns(self.to_end * a, d)
+        return dot.columns(a, self.to_end * d)
 
 
 class Flow(NamedTuple):
@@ -315,17 +298,19 @@ def decay_flow(
         start = rows.start._replace(side="both", values=columns.start)
         return Flow(start, ChannelSteps(*log_keep, when))
     size = log_keep.shape[0]
-    seen = prefix_sum(np.tri(size, k=-1 if when == "before" else 0), log_keep)
-    total = jnp.exp(jnp.sum(log_keep, axis=0, keepdims=True))
-    start = Carried(jnp.exp(seen), total, side)
+    total = jnp.sum(log_keep, axis=0, keepdims=True)
     if log_keep.shape[1] > 1:
+        seen = prefix_sum(np.tri(size, k=-1 if when == "before" else 0), log_keep)
         logs = (log_keep, None) if side == "in" else (None, log_keep)
+        start = Carried(jnp.exp(seen), jnp.exp(total), side)
         return Flow(start, ChannelSteps(*logs, when))
-    causal = np.tri(size, k=0 if when == "after" else -1)
-    later = np.tri(size, k=-1).T
-    sums = prefix_sum(np.tri(size), log_keep)
-    mix = _decay(seen - sums.T, causal)
-    return Flow(start, TokenSteps(mix, jnp.exp(prefix_sum(later, log_keep))))
+    upto = jnp.asarray(np.tri(size).T, log_keep.dtype)
+    sums_row = jnp.sum(upto * log_keep, axis=0, keepdims=True)
+    sums = column(sums_row)
+    seen = sums - log_keep if when == "before" else sums
+    mix = _decay(seen - sums_row, np.tri(size, k=0 if when == "after" else -1))
+    start = Carried(jnp.exp(seen), jnp.exp(total), side)
+    return Flow(start, TokenSteps(mix, jnp.exp(total - sums)))
 
 
 def _decay(log_decay: jax.Array, causal: np.ndarray) -> jax.Array:
@@ -362,9 +347,9 @@ def momentum_flow(
     through = own.start.kept
     if isinstance(steps, TokenSteps):
         if written is not None:
-            steps = TokenSteps(steps.mix * written.T, steps.to_end * written)
+            steps = steps.scaled(written)
         composed = steps.summed(own.steps.mix)
-        carried = steps.mix @ through
+        carried = apply(steps.mix, through)
     else:
         mix, to_end = _dense(log_keep, when)
         if written is not None:
@@ -396,8 +381,10 @@ def unit_lower_inverse(lower: jax.Array, dot: Dot) -> jax.Array:
     while half < size:
         same = rows // (2 * half) == columns // (2 * half)
         between = same & (rows // half != columns // half)
-        part = jnp.where(jnp.asarray(between), lower, 0)
-        inverse = inverse - dot(dot(inverse, part), inverse)
+        part = jnp.asarray(between, lower.dtype) * lower
+        # The first blocks are single ones, whose inverse changes nothing.
+        change = part if half == 1 else dot(dot(inverse, part), inverse)
+        inverse = inverse - change
         half *= 2
     return inverse
 

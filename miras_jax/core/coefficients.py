@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from miras_jax.core import causal, window
+from miras_jax.core.product import Dot
 from miras_jax.core.types import Past
 
 
@@ -92,7 +93,7 @@ def strides(rule, rates, state, keys):
     sides = rule.sides(matrices)
     before = state.stride or (jnp.zeros((1, 1), keys.dtype),) * matrices
     learn = jnp.ones((len(keys), 1), keys.dtype) if rates.learn is None else rates.learn
-    dot = causal.make_dot(keys.dtype, keys.dtype)
+    dot = Dot(keys.dtype, keys.dtype)
     ones = jnp.ones_like(learn)
     every = []
     for (side, keep), of, start in zip(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from miras_jax.core import causal, coefficients
 from miras_jax.core.algorithm.muon import TINY_SQUARE
+from miras_jax.core.product import Dot
 
 EXACT_READOUT_TOKENS = 8
 """Tokens whose own weights are materialised at once by the exact readout."""
@@ -32,13 +33,15 @@ def product_at(
 def _provisional(dot, flow, momentum, stride, a, d, x):
     """x (stride_t m_t / |m_t|), the norm of m_t by products of its factors alone."""
     carried, steps = flow.momentum
-    full = causal.make_dot(x.dtype, x.dtype)
+    full = Dot(x.dtype, x.dtype)
     kept, mix = carried.kept, steps.mix
     cross = jnp.sum(full(a, momentum) * d, axis=1, keepdims=True)
     square = (
         kept**2 * jnp.sum(momentum**2)
         - 2 * kept * full(mix, cross)
-        + jnp.sum(full(mix, full(a, a.T) * full(d, d.T)) * mix, axis=1, keepdims=True)
+        + jnp.sum(
+            full(mix, full.rows(a, a) * full.rows(d, d)) * mix, axis=1, keepdims=True
+        )
     )
     if stride is not None and stride.side == "in":
         x = x * stride.kept

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from miras_jax.core.causal import prefix_sum
+from miras_jax.core.product import prefix_sum
 from miras_jax.core.types import Past, Weights
 
 

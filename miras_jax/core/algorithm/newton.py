@@ -10,6 +10,7 @@ import numpy as np
 
 from miras_jax.core import causal
 from miras_jax.core.algorithm.descent import _Descent
+from miras_jax.core.product import Dot
 from miras_jax.core.types import Weights
 from miras_jax.errors import UserError
 
@@ -91,15 +92,15 @@ class System(NamedTuple):
 
     def times(self, x: jax.Array) -> jax.Array:
         """Row by row, (H_s + Lambda) x_s: `[C, K]`."""
-        dot = causal.make_dot(x.dtype, x.dtype)
-        own = dot(dot(x, self.keys.T) * self.mix, self.keys)
+        dot = Dot(x.dtype, x.dtype)
+        own = dot(dot.rows(x, self.keys) * self.mix, self.keys)
         return dot(x, self.start) * self.kept + own + x * self.ridge.T
 
     def diagonal(self) -> jax.Array:
         """`[C, K]`."""
         eye = jnp.asarray(np.eye(len(self.start)), self.start.dtype)
         start = jnp.sum(self.start * eye, axis=0, keepdims=True)
-        dot = causal.make_dot(self.mix.dtype, self.mix.dtype)
+        dot = Dot(self.mix.dtype, self.mix.dtype)
         return self.kept * start + dot(self.mix, self.keys**2) + self.ridge.T
 
 

@@ -1,0 +1,110 @@
+"""Products inside a block: matrices in the dtype of tokens, masks in full precision.
+
+What a kernel compiles best decides the form. A product of transposes is asked for as
+such instead of transposing first. A column `[C, 1]` becomes a row, and prefix sums of
+it are taken, by multiplying with constant 0/1 matrices and adding up: exact in any
+dtype, and without a matrix product of a single column.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Dot:
+    """Matrix products with operands and accumulation in the given dtypes.
+
+    float32 operands are multiplied as float32 on every device. Cotangents are rounded
+    to the dtype of the operands before they are multiplied in turn.
+    """
+
+    operands: jnp.dtype
+    accumulator: jnp.dtype
+
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """x y."""
+        return self._contract(x, y, (-1, -2))
+
+    def rows(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """x y^T, products of all rows with all rows."""
+        return self._contract(x, y, (-1, -1))
+
+    def columns(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """x^T y, products of all columns with all columns."""
+        return self._contract(x, y, (-2, -2))
+
+    def _contract(self, x, y, axes):
+        if self.operands == self.accumulator:
+            x, y = x.astype(self.operands), y.astype(self.operands)
+            return _general(x, y, axes, self.accumulator)
+        return _mixed(self, axes, x.dtype, y.dtype, x, y)
+
+
+def _general(x, y, axes, accumulator):
+    batch = tuple(range(x.ndim - 2))
+    contracting = tuple((axis + x.ndim,) for axis in axes)
+    is_float32 = x.dtype == jnp.float32
+    return jax.lax.dot_general(
+        x,
+        y,
+        (contracting, (batch, batch)),
+        precision=jax.lax.Precision.HIGHEST if is_float32 else None,
+        preferred_element_type=accumulator,
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _mixed(dot, axes, x_dtype, y_dtype, x, y):
+    x, y = x.astype(dot.operands), y.astype(dot.operands)
+    return _general(x, y, axes, dot.accumulator)
+
+
+def _mixed_forward(dot, axes, x_dtype, y_dtype, x, y):
+    # The product itself, for whoever differentiates this in turn.
+    return _mixed(dot, axes, x_dtype, y_dtype, x, y), (x, y)
+
+
+def _mixed_backward(dot, axes, x_dtype, y_dtype, operands, d):
+    x, y = operands
+    (i, j), other = axes, {-1: -2, -2: -1}
+    # Each in the order of axes that its operand has, so that nothing is transposed.
+    if i == -1:
+        dx = dot._contract(d, y, (-1, other[j]))
+    else:
+        dx = dot._contract(y, d, (other[j], -1))
+    if j == -2:
+        dy = dot._contract(x, d, (other[i], -2))
+    else:
+        dy = dot._contract(d, x, (-2, other[i]))
+    return dx.astype(x_dtype), dy.astype(y_dtype)
+
+
+_mixed.defvjp(_mixed_forward, _mixed_backward)
+
+
+def row(column: jax.Array) -> jax.Array:
+    """`[C, 1]` as `[1, C]`."""
+    own = jnp.asarray(np.eye(len(column)), column.dtype)
+    return jnp.sum(own * column, axis=0, keepdims=True)
+
+
+def column(row: jax.Array) -> jax.Array:
+    """`[1, C]` as `[C, 1]`."""
+    own = jnp.asarray(np.eye(row.shape[1]), row.dtype)
+    return jnp.sum(own * row, axis=1, keepdims=True)
+
+
+def apply(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    """matrix x in full precision, for a column or for several: `[C, n]`."""
+    if x.shape[1] == 1:
+        return jnp.sum(matrix * row(x), axis=1, keepdims=True)
+    return jnp.matmul(matrix, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def prefix_sum(selection: np.ndarray, x: jax.Array) -> jax.Array:
+    """selection x for a constant 0/1 matrix, in full precision."""
+    return apply(jnp.asarray(selection, x.dtype), x)
