@@ -40,6 +40,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels.fused_scan import program as programs
+from pallas_kernels.fused_scan.partition import by_batch
 from pallas_kernels.fused_scan.program import Program, is_float
 
 SAVED_BYTES = 2**22
@@ -197,24 +198,38 @@ def _over_elements(call: Callable, operands: Sequence[jax.Array]) -> list[jax.Ar
     call takes a list of `Operand` and gives arrays `[size, ...]`.
     """
 
-    def batched(sizes: tuple[int, ...], masks: tuple[tuple[bool, ...], ...]):
-        """The call where operand i has those axes of `sizes` that masks[i] tells."""
+    def batched(masks: tuple[tuple[bool, ...], ...]):
+        """The call where operand i has those of the batch axes that masks[i] tells."""
+
+        def merged(*arrays):
+            sizes = _sizes(arrays, masks)
+            rows = [_merge(a, sizes, m) for a, m in zip(arrays, masks, strict=True)]
+            results = call(prod(sizes), rows)
+            return [r.reshape(*sizes, *r.shape[1:]) for r in results]
 
         @custom_vmap
         def apply(*arrays):
-            merged = [_merge(a, sizes, m) for a, m in zip(arrays, masks, strict=True)]
-            results = call(prod(sizes), merged)
-            return [r.reshape(*sizes, *r.shape[1:]) for r in results]
+            return by_batch(merged, _sizes(arrays, masks), masks)(*arrays)
 
         @apply.def_vmap
         def over_one_more(axis_size, in_batched, *arrays):
             wider = tuple((b, *m) for b, m in zip(in_batched, masks, strict=True))
-            results = batched((axis_size, *sizes), wider)(*arrays)
+            results = batched(wider)(*arrays)
             return results, [True] * len(results)
 
         return apply
 
-    return batched((), ((),) * len(operands))(*operands)
+    return batched(((),) * len(operands))(*operands)
+
+
+def _sizes(arrays, masks) -> tuple[int, ...]:
+    """Of the batch axes, each from an operand that has it."""
+    sizes = []
+    for axis in range(len(masks[0])):
+        pairs = zip(arrays, masks, strict=True)
+        array, mask = next(pair for pair in pairs if pair[1][axis])
+        sizes.append(array.shape[sum(mask[:axis])])
+    return tuple(sizes)
 
 
 def _merge(array: jax.Array, sizes: tuple[int, ...], mask: tuple[bool, ...]) -> Operand:

@@ -41,7 +41,14 @@ class Function:
     constants: tuple[jax.Array, ...]
 
     def __call__(self, constants: Sequence, *operands: jax.Array) -> list[jax.Array]:
-        return jax.core.eval_jaxpr(self.jaxpr, constants, *operands)
+        return _evaluate(self.jaxpr, constants, [operands])[0]
+
+    def each(self, constants: Sequence, operands: Sequence[Sequence]) -> list[list]:
+        """Its results for several lists of operands, operation by operation.
+
+        What is written next to each other can overlap in the hardware.
+        """
+        return _evaluate(self.jaxpr, constants, operands)
 
 
 @dataclass(frozen=True)
@@ -138,25 +145,29 @@ def _keep(function: Function, outputs: Sequence[bool]) -> Function:
 
 def _inline(jaxpr, constants, operands):
     """Evaluate a jaxpr, and those that it calls as if they were written in it."""
-    values = dict(zip(jaxpr.constvars, constants, strict=True))
-    values |= zip(jaxpr.invars, operands, strict=True)
+    return _evaluate(jaxpr, constants, [operands])[0]
 
-    def read(atom):
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+def _evaluate(jaxpr, constants, elements):
+    shared = dict(zip(jaxpr.constvars, constants, strict=True))
+    values = [shared | dict(zip(jaxpr.invars, e, strict=True)) for e in elements]
+
+    def read(known, atom):
+        return atom.val if isinstance(atom, core.Literal) else known[atom]
 
     for equation in jaxpr.eqns:
-        inputs = [read(atom) for atom in equation.invars]
-        name = equation.primitive.name
-        if name in CALLS:
-            called = equation.params[CALLS[name]]
-            closed = isinstance(called, core.ClosedJaxpr)
-            results = _inline(
-                called.jaxpr if closed else called,
-                called.consts if closed else (),
-                inputs,
-            )
-        else:
-            results = equation.primitive.bind(*inputs, **equation.params)
-            results = results if equation.primitive.multiple_results else [results]
-        values |= zip(equation.outvars, results, strict=True)
-    return [read(atom) for atom in jaxpr.outvars]
+        for known in values:
+            inputs = [read(known, atom) for atom in equation.invars]
+            known |= zip(equation.outvars, _apply(equation, inputs), strict=True)
+    return [[read(known, atom) for atom in jaxpr.outvars] for known in values]
+
+
+def _apply(equation, inputs):
+    name = equation.primitive.name
+    if name not in CALLS:
+        results = equation.primitive.bind(*inputs, **equation.params)
+        return results if equation.primitive.multiple_results else [results]
+    called = equation.params[CALLS[name]]
+    if isinstance(called, core.ClosedJaxpr):
+        return _inline(called.jaxpr, called.consts, inputs)
+    return _inline(called, (), inputs)

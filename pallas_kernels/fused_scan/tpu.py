@@ -9,7 +9,7 @@ the waits of one with the work of another.
 
 from collections.abc import Sequence
 from functools import partial
-from math import gcd
+from math import gcd, prod
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,14 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.fused_scan.autodiff import Operand
 from pallas_kernels.fused_scan.program import Program, Struct, floats
 
-GROUP = 4
-"""Elements per grid step, where their number allows it."""
+GROUP = 8
+"""Elements per grid step, where their number and the memory allow it."""
 
-VMEM_BYTES = 64 * 2**20
-"""What a kernel may use of VMEM; no chip since v5e has less."""
+VMEM_BYTES = 60 * 2**20
+"""What a kernel may use of VMEM; every chip since v5e has at least 64 MiB."""
+
+BLOCK_BYTES = VMEM_BYTES // 2
+"""What its blocks may take of that; the rest is for values inside a step."""
 
 PARAMS = pltpu.CompilerParams(
     dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
@@ -55,7 +58,7 @@ def objection(program: Program) -> str | None:
 def forward(program: Program, size, carry, xs, consts, *, every, interpret):
     """See `autodiff`."""
     chunks = xs[0].array.shape[1]
-    group = _group(size, [*carry, *xs, *consts])
+    group = _group(size, [*carry, *xs, *consts], _bytes(program, 3 if every else 2))
 
     def kernel(constants, starts, x, held, ends, ys, saved):
         chunk = pl.program_id(1)
@@ -73,13 +76,16 @@ def forward(program: Program, size, carry, xs, consts, *, every, interpret):
                     _store(saved, g, _load(ends, program.carry, g))
 
         shared = _load_constants(constants, program.step)
-        for g in range(group):
-            given = (
+        given = [
+            (
                 *_load(ends, program.carry, g),
                 *_load(x, program.x, g, 0),
                 *_load(held, program.consts, g),
             )
-            after, y = _split(program.step(shared, *given), len(ends))
+            for g in range(group)
+        ]
+        for g, results in enumerate(program.step.each(shared, given)):
+            after, y = _split(results, len(ends))
             _store(ends, g, after)
             _store(ys, g, y, 0)
 
@@ -106,7 +112,9 @@ def forward(program: Program, size, carry, xs, consts, *, every, interpret):
         ],
     ]
     grid = (size // group, chunks)
-    ends, ys, saved = _call(kernel, grid, operands, results, interpret)
+    ends, ys, saved = _call(
+        "fused_scan_forward", kernel, grid, operands, results, interpret
+    )
     return (
         _shaped(ends, program.carry, size),
         _shaped(ys, program.y, size, chunks),
@@ -120,7 +128,7 @@ def backward(
     """See `autodiff`."""
     chunks = xs[0].array.shape[1]
     stretches = pl.cdiv(chunks, every)
-    group = _group(size, [*xs, *consts])
+    group = _group(size, [*xs, *consts], _bytes(program, 3 + every, 2 * every))
     d_carries, d_xs, d_consts = map(floats, (program.carry, program.x, program.consts))
     d_y = floats(program.y)
 
@@ -139,32 +147,32 @@ def backward(
 
         def forward_again(i, _):
             shared = _load_constants(advance, program.advance)
-            for g in range(group):
-                given = (
+            given = [
+                (
                     *_load(carries, program.carry, g, i),
                     *_load(x, program.x, g, i),
                     *_load(held, program.consts, g),
                 )
-                _store(carries, g, program.advance(shared, *given), i + 1)
+                for g in range(group)
+            ]
+            for g, after in enumerate(program.advance.each(shared, given)):
+                _store(carries, g, after, i + 1)
 
         def back(i):
             shared = _load_constants(pull_back, program.pull_back)
-            for g in range(group):
-                carry = (
-                    _load(carries, program.carry, g, i)
-                    if every > 1
-                    else _load(saved, program.carry, g)
-                )
-                given = (
-                    *carry,
+            start = (carries, i) if every > 1 else (saved,)
+            given = [
+                (
+                    *_load(start[0], program.carry, g, *start[1:]),
                     *_load(x, program.x, g, i),
                     *_load(held, program.consts, g),
                     *_load(d_starts, d_carries, g),
                     *_load(d_ys, d_y, g, i),
                 )
-                parts = _split(
-                    program.pull_back(shared, *given), len(d_starts), len(d_x)
-                )
+                for g in range(group)
+            ]
+            for g, results in enumerate(program.pull_back.each(shared, given)):
+                parts = _split(results, len(d_starts), len(d_x))
                 _store(d_starts, g, parts[0])
                 _store(d_x, g, parts[1], i)
                 for ref, part in zip(d_held, parts[2], strict=True):
@@ -203,7 +211,9 @@ def backward(
         for leaf in (program.carry if every > 1 else ())
     ]
     grid = (size // group, stretches)
-    d_carry, d_x, d_held = _call(kernel, grid, operands, results, interpret, scratch)
+    d_carry, d_x, d_held = _call(
+        "fused_scan_backward", kernel, grid, operands, results, interpret, scratch
+    )
     return (
         _shaped(d_carry, d_carries, size),
         _shaped(d_x, d_xs, size, chunks),
@@ -211,11 +221,28 @@ def backward(
     )
 
 
-def _group(size: int, operands: Sequence[Operand]) -> int:
+def _bytes(program: Program, carries: int, chunks: int = 1) -> int:
+    """Of the blocks of one element that hold so many carries and chunks, twice each."""
+
+    def size(leaves):
+        tiles = (_tile(leaf.shape) for leaf in leaves)
+        # Rows come in eights and lanes in 128.
+        return sum(
+            4 * prod(t[:-2]) * pl.cdiv(t[-2], 8) * 8 * pl.cdiv(t[-1], 128) * 128
+            for t in tiles
+        )
+
+    flow = size(program.x) + size(program.y)
+    return 2 * (carries * size(program.carry) + chunks * flow)
+
+
+def _group(size: int, operands: Sequence[Operand], element_bytes: int) -> int:
     """Elements per grid step, all of which find their rows in one block."""
     group = gcd(size, GROUP)
     for operand in operands:
         group = gcd(group, operand.rows if operand.repeat == 1 else operand.repeat)
+    while group > 1 and group * element_bytes > BLOCK_BYTES:
+        group = next(n for n in range(group - 1, 0, -1) if group % n == 0)
     return group
 
 
@@ -276,7 +303,7 @@ def _constants(function):
     return inputs
 
 
-def _call(kernel, grid, operands, results, interpret, scratch=()):
+def _call(name, kernel, grid, operands, results, interpret, scratch=()):
     is_pair = lambda x: isinstance(x, tuple)  # noqa: E731
     first, second = (
         partial(jax.tree.map, lambda pair, i=i: pair[i], is_leaf=is_pair)
@@ -291,7 +318,7 @@ def _call(kernel, grid, operands, results, interpret, scratch=()):
         scratch_shapes=list(scratch),
         compiler_params=PARAMS,
         interpret=interpret,
-        name="fused_scan",
+        name=name,
     )
     return call(*first(operands))
 
