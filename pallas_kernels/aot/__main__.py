@@ -1,0 +1,131 @@
+"""`python -m pallas_kernels.aot tpu`: a table of what kernels compile to.
+
+For every variant and pass, per token and element (head of a sequence):
+
+bundles     scheduled bundles of the kernels; each takes about a cycle
+limit       the unit of the chip that is used most in the longest kernel, and how much
+spills      registers that did not fit, stored in all kernels
+VMEM MiB    the blocks that the larger kernel keeps on chip
+matrix      cycles that the matrix units need at least for the kernels' products
+memory      cycles that the memory needs at least for the kernels' operands and results
+x matrix    bundles over that
+XLA         XLA's own estimate of the same function without kernels, in cycles
+x kernel    that over the bundles
+
+Facts of compiled programs: nothing here was measured on a chip.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+
+from pallas_kernels.aot import case as cases
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 1 if a variant does not compile."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.aot")
+    parser.add_argument("platform", choices=("tpu",))
+    parser.add_argument("--chip", default="v5e", help="v5e, v5p, v6e or tpu7x")
+    parser.add_argument(
+        "--cases",
+        default="experiments.kernels.cases",
+        help="module whose cases(variants, d, chunk) are compiled",
+    )
+    parser.add_argument("--variant", nargs="+", default=["all"])
+    parser.add_argument("--d", type=int, default=64, help="key and value channels")
+    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--no-xla", action="store_true", help="the kernels alone")
+    parser.add_argument(
+        "--xla", action="store_true", help="XLA's estimates alone, as JSON"
+    )
+    options = parser.parse_args(arguments)
+    made = import_module(options.cases).cases
+    found = list(made(options.variant, options.d, options.chunk))
+    if options.xla:
+        print(json.dumps(_estimates(found, options.chip)))
+        return 0
+    estimates = {}
+    if not options.no_xla:
+        # In a process of its own: libtpu would dump what it makes of every operation.
+        command = [sys.executable, "-m", "pallas_kernels.aot", *arguments, "--xla"]
+        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        estimates = json.loads(answer.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as dump:
+        return _table(found, options.chip, dump, estimates)
+
+
+def _estimates(found, chip) -> dict[str, float]:
+    from pallas_kernels.aot import tpu
+
+    estimates = {}
+    for case in found:
+        program = tpu.compile_for(chip, case.plain, *case.operands)
+        cycles = tpu.estimated_cycles(program.as_text())
+        estimates[case.name] = cycles / case.tokens
+    return estimates
+
+
+COLUMNS = {
+    "variant": 31,
+    "bundles": 8,
+    "limit": 19,
+    "spills": 7,
+    "VMEM MiB": 9,
+    "matrix": 7,
+    "memory": 7,
+    "x matrix": 9,
+    "XLA": 6,
+    "x kernel": 9,
+}
+
+
+def _print_row(*cells) -> None:
+    name, *rest = zip(cells, COLUMNS.values(), strict=True)
+    line = [f"{name[0]:<{name[1]}}", *(f"{cell:>{width}}" for cell, width in rest)]
+    print("".join(line), flush=True)
+
+
+def _table(found, chip, dump, estimates) -> int:
+    from pallas_kernels.aot import tpu
+
+    tpu.prepare(dump)
+    print(f"# {chip}, per token and element; compile-time figures, not measurements")
+    _print_row(*COLUMNS)
+    failed = False
+    for case in found:
+        try:
+            schedules = tpu.schedules(dump, chip, case.kernel, *case.operands)
+        except Exception as error:  # whatever a compiler raises is the row's result
+            failed = True
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            print(f"{case.name:<31} does not compile: {reason}", flush=True)
+            continue
+        with tpu.target("tpu"):
+            work = cases.work(case.kernel, *case.operands)
+        bundles = sum(s.bundles * work.steps[s.kernel] for s in schedules) / case.tokens
+        longest = max(schedules, key=lambda s: s.bundles)
+        floor = tpu.floor(chip, work)
+        matrix, memory = (c / case.tokens if c else None for c in floor)
+        xla = estimates.get(case.name)
+        _print_row(
+            case.name,
+            f"{bundles:.1f}",
+            f"{longest.limit} {longest.use[longest.limit]:.2f}",
+            sum(s.spills for s in schedules),
+            f"{work.blocks / 2**20:.1f}",
+            f"{matrix:.1f}" if matrix else "-",
+            f"{memory:.1f}" if memory else "-",
+            f"{bundles / matrix:.1f}" if matrix else "-",
+            f"{xla:.0f}" if xla else "-",
+            f"{xla / bundles:.1f}" if xla else "-",
+        )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
