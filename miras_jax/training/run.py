@@ -207,7 +207,7 @@ class Run:
             experiment.guard,
         )
         return jax.jit(
-            function,
+            sharding.split_kernels(self.mesh, function),
             compiler_options=compiler.options(),
             donate_argnums=0,
             in_shardings=(
@@ -221,8 +221,9 @@ class Run:
     @cached_property
     def evaluate_step(self):
         batch = self.batch_sharding
+        function = partial(step.evaluate_step, self.model)
         return jax.jit(
-            partial(step.evaluate_step, self.model),
+            sharding.split_kernels(self.mesh, function),
             compiler_options=compiler.options(),
             in_shardings=(self.parameter_shardings, batch, batch, self.flag_sharding),
             out_shardings=self.replicated,

@@ -6,6 +6,8 @@ device is the mesh 1 x 1 x 1.
 """
 
 import math
+from collections.abc import Callable
+from functools import wraps
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from miras_jax.errors import UserError
 from miras_jax.training.config import Mesh
+from pallas_kernels.fused_scan import split_over
 
 RULES = {
     "embed": "fsdp",
@@ -39,6 +42,17 @@ def make_mesh(config: Mesh) -> jax.sharding.Mesh:
     sizes = [devices // known if size == -1 else size for size in sizes]
     names = ("data", "fsdp", "model")
     return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3)
+
+
+def split_kernels(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
+    """The function, its kernels split as batches and the heads of memories are."""
+
+    @wraps(function)
+    def on_mesh(*arguments):
+        with split_over(mesh, BATCH[0], RULES["memory"]):
+            return function(*arguments)
+
+    return on_mesh
 
 
 def data_part(devices: np.ndarray, process: int) -> tuple[int, int]:

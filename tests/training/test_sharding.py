@@ -12,6 +12,7 @@ import time
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -24,6 +25,7 @@ from miras_jax.training.checkpoint import Checkpoints
 from miras_jax.training.config import Mesh
 from miras_jax.training.metrics import read_table
 from miras_jax.training.run import Run
+from pallas_kernels.fused_scan import fused_scan, target
 from tests.training.runs import one_device, tiny
 
 STEPS, SAVED = 5, 3
@@ -110,6 +112,21 @@ def test_every_mesh_trains_the_same(mesh, build, reference):
         assert parts(moments[name]) == cut
     tokens = run.to_devices(np.zeros((8, 33), np.int32))
     assert parts(tokens) == (run.mesh.shape["data"] * run.mesh.shape["fsdp"], 1)
+
+
+def test_kernels_are_split_by_rows_and_heads():
+    """Each device runs a kernel for the rows and the heads that it holds."""
+    mesh = sharding.make_mesh(Mesh(2, 2, 2))
+
+    def one(start, xs):
+        return fused_scan(lambda c, x, _: (c + x, c * x), start, xs, ())
+
+    function = sharding.split_kernels(mesh, jax.vmap(jax.vmap(one)))
+    start, xs = np.ones((4, 2, 8, 8)), np.ones((4, 2, 3, 8, 8))
+    with target("tpu", interpret=True):
+        end, _ = jax.jit(function)(np.float32(start), np.float32(xs))
+    assert end.sharding.spec == P(("data", "fsdp"), "model")
+    assert np.all(np.asarray(end) == 4)
 
 
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(build, reference, tmp_path):
