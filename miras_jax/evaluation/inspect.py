@@ -20,6 +20,7 @@ from miras_jax.core.types import Params, Tokens
 from miras_jax.errors import UserError
 from miras_jax.nn.functional import FunctionalModel, Parameters
 from miras_jax.nn.miras import MirasLayer
+from miras_jax.nn.titans import MACLayer
 from miras_jax.training.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -129,9 +130,18 @@ def _memories(
 
 
 def _layers(group: nnx.Module) -> list[tuple[tuple, MirasLayer]]:
-    """The Miras layers of a group of blocks by their paths, in the blocks' order."""
-    modules = nnx.iter_modules(group)
-    found = [(path, m) for path, m in modules if isinstance(m, MirasLayer)]
+    """The Miras layers of a group of blocks by their paths, in the blocks' order.
+
+    Without the local memories of TNT, which begin anew with every shard: no one memory
+    reads the whole text there.
+    """
+    modules = list(nnx.iter_modules(group))
+    if any(isinstance(m, MACLayer) for _, m in modules):
+        raise UserError(
+            "a memory inside MAC reads what attention makes of each segment and cannot "
+            "be looked into; MAG, MAL, TNT and plain Miras layers can"
+        )
+    found = [(path, m) for path, m in modules if type(m) is MirasLayer]
     return sorted(found, key=lambda item: item[0])
 
 

@@ -20,6 +20,7 @@ from miras_jax.nn.documents import locate
 from miras_jax.nn.functional import FunctionalModel
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Model
+from miras_jax.nn.titans import MAC
 from miras_jax.training.tokenizer import ByteTokenizer
 from tests import core
 
@@ -155,6 +156,13 @@ def test_pictures_are_drawn(reading, tmp_path):
 def test_a_model_without_memory_is_refused():
     functional, parameters = model((Attention(2),), 1)
     with pytest.raises(UserError, match=r"no memory to look into: .* Attention\("):
+        inspect.read(functional, parameters, TOKENIZER, TEXT, 10)
+
+
+def test_a_memory_inside_segments_is_refused():
+    memory = Miras(variants.delta_net(), num_heads=2)
+    functional, parameters = model((MAC(memory, 8, num_heads=2),), 1)
+    with pytest.raises(UserError, match="inside MAC"):
         inspect.read(functional, parameters, TOKENIZER, TEXT, 10)
 
 
