@@ -1,6 +1,7 @@
-"""`python -m pallas_kernels.aot tpu`: a table of what kernels compile to.
+"""`python -m pallas_kernels.aot tpu|gpu`: a table of what kernels compile to.
 
-For every variant and pass, per token and element (head of a sequence):
+`gpu.py` tells what the columns for GPUs are. For TPUs, for every variant and pass, per
+token and element (head of a sequence):
 
 bundles     scheduled bundles of the kernels; each takes about a cycle
 limit       the unit of the chip that is used most in the longest kernel, and how much
@@ -29,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 if a variant does not compile."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.aot")
-    parser.add_argument("platform", choices=("tpu",))
-    parser.add_argument("--chip", default="v5e", help="v5e, v5p, v6e or tpu7x")
+    parser.add_argument("platform", choices=("tpu", "gpu"))
+    parser.add_argument("--chip", help="v5e, v5p, v6e, tpu7x, h100 or a100")
     parser.add_argument(
         "--cases",
         default="experiments.kernels.cases",
@@ -46,6 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     made = import_module(options.cases).cases
     found = list(made(options.variant, options.d, options.chunk))
+    if options.platform == "gpu":
+        from pallas_kernels.aot import gpu
+
+        # That of both passes has the forward kernel, too.
+        found = [case for case in found if case.name.endswith(" both")]
+        with tempfile.TemporaryDirectory() as dump:
+            return gpu.table(found, options.chip or "h100", dump)
+    options.chip = options.chip or "v5e"
     if options.xla:
         print(json.dumps(_estimates(found, options.chip)))
         return 0
