@@ -51,7 +51,8 @@ def counting(carry, x, consts):
     """Leaves of every rank and of dtypes without derivative."""
     open_ = jnp.where(x["open"], 1.0, 0.25)
     total = carry["total"] + open_ * jnp.sum(x["values"] * x["scalar"])
-    after = {"total": total, "count": carry["count"] + 1, "w": carry["w"] * 0.5 + total}
+    w = carry["w"] * 0.5 + total
+    after = {"total": total, "count": carry["count"] + 1, "w": w, "place": 0}
     scaled = after["w"][None] * consts["scale"]
     return after, {"w": scaled, "count": after["count"]}
 
@@ -86,7 +87,7 @@ CASES = [
     Case(
         "every-rank",
         counting,
-        {"total": (), "count": (), "w": (3, 5)},
+        {"total": (), "count": (), "w": (3, 5), "place": ()},
         {"values": (7,), "scalar": (), "open": ()},
         {"scale": (2, 3, 5)},
     ),
@@ -100,7 +101,7 @@ def inputs(case: Case, chunks: int, seed: int = 0):
     def make(name, shape, axes, lead=()):
         sizes = [n for n, has in zip((BATCH, HEADS), axes, strict=True) if has]
         full = (*sizes, *lead, *shape)
-        if name == "count":
+        if name in ("count", "place"):
             return rng.integers(0, 9, full).astype(np.int32)
         if name == "open":
             return rng.integers(0, 2, full).astype(bool)
