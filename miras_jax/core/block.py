@@ -32,12 +32,15 @@ def parallel_tokens(rule: Rule, rates: Rates, tile: int) -> int:
     (chunk_size=1, linear retention) have no such limit and take `tile`: the dot-product
     bias has gradients without an affine memory; those of L2 and a plain matrix are the
     solution of one triangular system for all value channels, so that rates may not
-    differ between these (what is written at a key of its own may).
+    differ between these (what is written at a key of its own may). Decays of their own
+    for every channel cost log2(tile) products of size tile, and take half of it.
     """
     if rule.chunk_size > 1:
         return rule.chunk_size
     if not rule.is_plain:
         return 1
+    if any(map(_has_channels, rule.keeps(rates))):
+        tile = max(1, tile // 2)
     if rule.bias == DotProduct() and rule.memory.is_affine:
         return tile
     if rule.algorithm.at == "zero":

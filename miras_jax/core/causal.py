@@ -110,8 +110,8 @@ class ChannelSteps(NamedTuple):
     """D with one keep per token and channel, by halving the block.
 
     For a pair t, s in the two halves of a piece whose second half begins at m, D_ts =
-    (prod_{m <= j <= t} keep_j) (prod_{s < j < m} keep_j): both factors are at most 1
-    and can be multiplied into x_t and a_s, or, of value channels, into the output and
+    keep_t (prod_{m <= j < t} keep_j) (prod_{s < j < m} keep_j): all factors are at most
+    1 and can be multiplied into x_t and a_s, or, of value channels, into the output and
     d_s. So each of the log2(C) sizes of pieces costs one matrix product, and the pairs
     of all sizes together are the whole triangle. Exact for any keep in (0, 1], with no
     exponential of a positive sum.
@@ -143,12 +143,17 @@ class ChannelSteps(NamedTuple):
         seen = 1 if self.when == "after" else 0
         return seen * jnp.sum(x * a, axis=1, keepdims=True)
 
+    def _kept(self, x, log_keep):
+        """x_t with what is kept at t itself, unless it looks before its decay."""
+        return x if self.when == "before" else x * jnp.exp(log_keep)
+
     def _products(self, dot, x, a):
         """x_t^T D_ts a_s of the pairs of each size, D of the key axis: `[n, C, C]`."""
         pairs = jnp.asarray(_halving(len(x))[0], x.dtype)
         if self.log_in is None:
             return pairs * dot.rows(x, a)[None]
-        factors = _factors(self.log_in, self.when)
+        factors = _factors(self.log_in)
+        x = self._kept(x, self.log_in)
         return pairs * dot(x[None] * factors, jnp.swapaxes(a[None] * factors, 1, 2))
 
     def scores(self, dot, x, a):
@@ -165,9 +170,9 @@ class ChannelSteps(NamedTuple):
         own = self._own(x, a) * d
         if len(x) == 1:
             return own
-        factors = _factors(self.log_out, self.when)
+        factors = _factors(self.log_out)
         mixed = dot(self._products(dot, x, a), factors * d[None])
-        return own + jnp.sum(factors * mixed, axis=0)
+        return own + self._kept(jnp.sum(factors * mixed, axis=0), self.log_out)
 
     def end(self, dot, a, d):
         later = np.tri(len(a), k=-1).T
@@ -179,16 +184,15 @@ class ChannelSteps(NamedTuple):
         return dot.columns(a, d)
 
 
-def _halving(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _halving(size: int) -> tuple[np.ndarray, np.ndarray]:
     """0/1 masks of the n sizes of pieces.
 
     pairs `[n, C, C]` in the two halves of a piece; tokens `[n, C, C]` whose keep lies
-    between token t (without its own) and the middle of its piece; readers `[n, C, 1]`,
-    the tokens of second halves.
+    between token t and the middle of its piece, its own left out.
     """
     rows = np.arange(size)[:, None]
     columns = rows.T
-    pairs, between, readers = [], [], []
+    pairs, between = [], []
     for half in (2**i for i in range((size - 1).bit_length())):
         second = (rows // half) % 2 == 1
         middle = (rows // half + 1 - second) * half
@@ -197,21 +201,17 @@ def _halving(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         same = rows // (2 * half) == columns // (2 * half)
         pairs.append(same & second & ~second.T)
         between.append(np.where(second, as_reader, as_writer))
-        readers.append(second)
-    return np.stack(pairs), np.stack(between), np.stack(readers)
+    return np.stack(pairs), np.stack(between)
 
 
-def _factors(log_keep: jax.Array, when: When) -> jax.Array:
+def _factors(log_keep: jax.Array) -> jax.Array:
     """What is kept between each token and the middle of its piece: `[n, C, channels]`.
 
-    For a reader that includes its own keep, unless it looks before its decay.
+    The same whenever a token looks, so that it is computed once.
     """
     size, channels = log_keep.shape
-    _, between, readers = _halving(size)
-    logs = prefix_sum(np.concatenate(between), log_keep).reshape(-1, size, channels)
-    if when != "before":
-        logs = logs + jnp.asarray(readers, log_keep.dtype) * log_keep[None]
-    return jnp.exp(logs)
+    logs = prefix_sum(np.concatenate(_halving(size)[1]), log_keep)
+    return jnp.exp(logs).reshape(-1, size, channels)
 
 
 class SumSteps(NamedTuple):

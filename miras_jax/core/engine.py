@@ -176,6 +176,8 @@ def _run_blocks(scan, tile, rule, params, state, tokens, documents):
     position = state.position if rule.has_anchor else 0
     if documents is not None or not isinstance(position, int):
         return _run_shifted(scan, rule, params, state, tokens, documents, size)
+    if _is_narrow(rule, state):
+        size = LINEAR_TILE
 
     # Blocks end where chunks end: first what is left of an open chunk, then whole
     # chunks, then the part of a chunk that stays open.
@@ -185,7 +187,7 @@ def _run_blocks(scan, tile, rule, params, state, tokens, documents):
     outputs = []
     if head:
         part = _take(tokens, 0, head)
-        output, state = block(rule, params, state, part, aligned=False)
+        output, state = _read_block(rule, params, state, part, aligned=False)
         state = rule.close(state, state.position == rule.chunk_size)
         outputs.append(output)
     if whole:
@@ -196,9 +198,32 @@ def _run_blocks(scan, tile, rule, params, state, tokens, documents):
         outputs.append(output)
     if middle < length:
         part = _take(tokens, middle, length)
-        output, state = block(rule, params, state, part, aligned=True)
+        output, state = _read_block(rule, params, state, part, aligned=True)
         outputs.append(output)
     return jnp.concatenate(outputs), state
+
+
+def _is_narrow(rule, state):
+    """Whether blocks are read token by token: where a pair of tokens costs as much.
+
+    With a single key or value channel, as in Mamba's heads, the products of a block
+    are as large as the weights of all its tokens; a CPU then gains nothing from them.
+    """
+    narrow = rule.chunk_size == 1 and all(1 in a.shape for a in state.dual)
+    return narrow and platform() is None and jax.default_backend() == "cpu"
+
+
+def _read_block(rule, params, state, tokens, aligned):
+    if not _is_narrow(rule, state):
+        return block(rule, params, state, tokens, aligned=aligned)
+
+    @jax.checkpoint
+    def body(state, token):
+        output, state = rule.step(params, state, token)
+        return state, output
+
+    after, outputs = jax.lax.scan(body, state, tokens)
+    return outputs, after._replace(position=state.position)
 
 
 def _scan_blocks(scan, rule, params, state, blocks):
@@ -206,7 +231,7 @@ def _scan_blocks(scan, rule, params, state, blocks):
 
     def step(carry, tokens, params):
         state = rule.open_chunk(*carry)
-        outputs, state = block(rule, params, state, tokens, aligned=True)
+        outputs, state = _read_block(rule, params, state, tokens, aligned=True)
         state = rule.close(state, True)
         return rule.carried(state), outputs
 
