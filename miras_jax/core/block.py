@@ -15,6 +15,7 @@ from miras_jax.core import causal, coefficients, readout
 from miras_jax.core.bias import L2, DotProduct
 from miras_jax.core.product import Dot, column
 from miras_jax.core.rule import Rule
+from miras_jax.core.steps import SumSteps
 from miras_jax.core.types import Params, Rates, State, Tokens, state_dtype
 
 
@@ -117,7 +118,7 @@ def block(
 
     def weighted(flows):
         if rule.algorithm.erases:
-            return [f._replace(steps=causal.SumSteps(f.steps)) for f in flows]
+            return [f._replace(steps=SumSteps(f.steps)) for f in flows]
         # Into the [C, C] coefficients: cheaper than into the factors.
         pairs = list(zip(flows, scaling, strict=True))
         made = {

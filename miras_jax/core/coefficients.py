@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from miras_jax.core import causal, window
 from miras_jax.core.product import Dot
+from miras_jax.core.steps import Carried
 from miras_jax.core.types import Past
 
 
@@ -104,5 +105,5 @@ def strides(rule, rates, state, keys):
         step = learn * jnp.ones((1, max(keep.shape[1], start.shape[1])), keys.dtype)
         each = flow.start.kept * start + flow.steps.read(dot, ones, ones, step)
         total = flow.start.total * start + flow.steps.end(dot, ones, step)
-        every.append(causal.Carried(each, total, "in" if of == "in" else "out"))
+        every.append(Carried(each, total, "in" if of == "in" else "out"))
     return every

@@ -22,6 +22,7 @@ from miras_jax.training.config import Experiment
 from miras_jax.training.metrics import MetricsLog, Progress
 from miras_jax.training.run import Run
 from miras_jax.training.step import Metrics, TrainState
+from pallas_kernels.fused_scan import platform
 
 
 class Result(NamedTuple):
@@ -184,8 +185,9 @@ def _logging(run: Run, start: int):
     ):
         size = f"{run.model.size / 1e6:.2f} M parameters"
         where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
+        kernels = "XLA" if platform() is None else f"{platform().upper()} kernels"
         begin = f"from step {start}" if start else "from the beginning"
-        progress.note(f"{size}, {where}, {begin}")
+        progress.note(f"{size}, {where}, memories in {kernels}, {begin}")
         yield _Log(run, start, files, progress)
 
 
