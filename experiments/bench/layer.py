@@ -18,6 +18,7 @@ fwd+bwd     gradients with respect to all inputs, rates and parameters of a rand
 definition  Yaad token by token. It is slow, and its backward pass stores weights of
             every token: it runs at few tokens and is compared per token.
 chunk       of rules with chunk_size 1 the engine's tile: it changes the speed alone.
+layer       of rules without chunks that of their own paper (`miras_jax.nn.recipes`).
 NAME_exact  a rule with the exact readout, where that is another function.
 MB          results and temporaries in XLA's own plan of the program, not its inputs. It
             agrees with the growth of the process while the program runs (57 against 69,
@@ -42,6 +43,7 @@ Nearly all of the time is compilation.
 """
 
 import argparse
+import inspect
 import itertools
 import json
 import os
@@ -62,8 +64,10 @@ from miras_jax import algorithm, memory, variants
 from miras_jax.core.bias import DotProduct
 from miras_jax.core.engine import LINEAR_TILE
 from miras_jax.errors import UserError
+from miras_jax.nn import recipes
+from miras_jax.nn.documents import locate
 from miras_jax.nn.layers import Projection
-from miras_jax.nn.miras import Miras
+from miras_jax.nn.miras import Miras, read_memories
 
 # Softmax attention has a layer of its own.
 RULES = {
@@ -103,9 +107,18 @@ class Case:
         return "gated_delta_net" if RULES[self.variant].chunk_size == 1 else "yaad"
 
     @property
-    def rule(self) -> miras.Rule:
+    def mixer(self) -> Miras:
+        """The variant's layer: its paper's own, where rates make the model."""
         rule = RULES[self.variant]
-        return rule if rule.chunk_size == 1 else replace(rule, chunk_size=self.chunk)
+        if rule.chunk_size > 1:
+            return Miras(replace(rule, chunk_size=self.chunk), self.heads)
+        recipe = getattr(recipes, self.variant, None)
+        if recipe is None:
+            return Miras(rule, self.heads)
+        sizes = {"num_heads": self.heads, "width": self.width, "expand": 1}
+        sizes["key_dim"] = 16 if self.variant == "mamba" else self.width // self.heads
+        known = inspect.signature(recipe).parameters
+        return recipe(**{name: size for name, size in sizes.items() if name in known})
 
 
 class Computation(NamedTuple):
@@ -167,10 +180,12 @@ def build(case: Case) -> Computation:
     if case.form == "recurrent":
         return _build_recurrent(case, key, x, tokens)
 
-    rule = case.rule
-    mixer = Miras(rule, num_heads=case.heads).build(case.width, 1.0, nnx.Rngs(0))
+    config = case.mixer
+    rule = config.rule
+    mixer = config.build(case.width, 1.0, nnx.Rngs(0))
     chunk = case.chunk if case.form == "chunked" else None
-    flops = memory_flops(rule, chunk, case.width // case.heads)
+    is_square = config.key_dim is None and config.value_dim is None
+    flops = memory_flops(rule, chunk, case.width // case.heads) if is_square else None
     flops = flops and case.heads * flops
     if case.scope == "layer":
         graph, params = nnx.split(mixer)
@@ -183,20 +198,24 @@ def build(case: Case) -> Computation:
             flops and tokens * flops,
         )
 
-    window = mixer.convolution.start(case.batch, x.dtype)
-    read_tokens, _ = mixer.tokens(x, window, jnp.zeros(case.batch, jnp.int32))
-    implementation = "definition" if case.form == "definition" else None
+    start = mixer.start(case.batch, case.length, x.dtype)
+    places = locate(x.shape[:2], start.last, None)
+    read_tokens, _ = mixer.tokens(x, start.convolution, places)
 
-    def read(params, tokens):
-        state = rule.start(params)
-        return miras.run(rule, params, state, tokens, implementation=implementation)[0]
+    def read(inputs):
+        params, tokens = inputs
+        if case.form == "chunked":
+            return read_memories(rule, params, None, tokens, None)[0]
 
-    over_batch = jax.vmap(jax.vmap(read), (None, 0))
-    return Computation(
-        lambda inputs: over_batch(*inputs),
-        (mixer.memory_params, read_tokens),
-        flops and tokens * flops,
-    )
+        def by_definition(params, tokens):
+            state = rule.start(params)
+            return miras.run(rule, params, state, tokens, implementation="definition")
+
+        over_batch = jax.vmap(jax.vmap(by_definition), (None, 0))
+        return over_batch(params, tokens)[0]
+
+    inputs = (mixer.memory_params, read_tokens)
+    return Computation(read, inputs, flops and tokens * flops)
 
 
 def _build_recurrent(case: Case, key, x, tokens) -> Computation:
