@@ -19,11 +19,14 @@ STEP = 3e-5
 STENCIL = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
 
 
+# Variants of one rule differ in their rates' parametrisation alone.
+VARIANTS = list({case[1:]: case for case in reversed(core.variant_cases())}.values())
+
+
 def gradient_cases():
     """Every variant, the exact readouts, and every row of the table with channels."""
     table = {case.name: case for case in core.all_cases()}
-    # Variants of one rule differ in their rates' parametrisation alone.
-    yield from {case[1:]: case for case in reversed(core.variant_cases())}.values()
+    yield from VARIANTS
     for name in ("moneta", "memora"):
         rule = replace(table[name].rule, readout="exact")
         yield table[name]._replace(name=f"{name}-exact", rule=rule)
@@ -78,6 +81,7 @@ def computed(case):
     return jacobian(case, "xla")
 
 
+@pytest.mark.parametrize("case", VARIANTS, indirect=True, ids=lambda case: case.name)
 def test_both_implementations_have_the_same_jacobian(case, computed):
     definition = jacobian(case, "definition")
     for (path, actual), (_, expected) in zip(computed, definition, strict=True):
