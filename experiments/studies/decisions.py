@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from experiments.compare import table
-from experiments.quickstart import experiment as quickstart
 from experiments.studies.rows import Rows
+from experiments.studies.small import CHUNK, HEADS, WIDTH, experiment
 from miras_jax import retention, variants
 from miras_jax.nn.miras import Miras
 from miras_jax.training.config import Experiment
@@ -29,7 +29,6 @@ from miras_jax.training.metrics import read_table
 from miras_jax.training.train import Diverged, train
 
 STEPS, AFTER, SEEDS = 150, 50, (0, 1, 2)
-WIDTH, HEADS, CONTEXT, CHUNK = 96, 3, 128, 16
 HEAD_DIM = WIDTH // HEADS
 
 
@@ -60,22 +59,6 @@ ROWS: dict[str, tuple[str, Miras]] = {
     "memora_flat": ("initial logits of spread 0.1", memora(spread=0.1)),
     "memora_peaked": ("initial logits of spread 3", memora(spread=3.0)),
 }
-
-
-def experiment(name: str, seed: int, steps: int = STEPS) -> Experiment:
-    base = quickstart()
-    return dataclasses.replace(
-        base,
-        model=dataclasses.replace(
-            base.model, width=WIDTH, depth=2, mixers=(ROWS[name][1],)
-        ),
-        data=dataclasses.replace(base.data, context_length=CONTEXT),
-        steps=steps,
-        seed=seed,
-        evaluate_every=steps,
-        evaluate_windows=128,
-        checkpoint_every=steps,
-    )
 
 
 def measure(wanted: Experiment, workdir: Path) -> dict:
@@ -123,7 +106,12 @@ def main() -> None:
     for name in arguments.names or ROWS:
         seeds = []
         for seed in range(arguments.seeds):
-            wanted = experiment(name, seed, arguments.steps)
+            wanted = experiment(
+                (ROWS[name][1],),
+                steps=arguments.steps,
+                seed=seed,
+                evaluate_every=arguments.steps,
+            )
             label = f"{name}-{seed}-{arguments.steps}"
             workdir = arguments.folder / label
             print(f"\n{label}", flush=True)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.studies import decisions, stability
+from experiments.studies import decisions, models, small, stability
 from experiments.studies.rows import Rows
 from miras_jax import variants
 from miras_jax.nn.functional import FunctionalModel
@@ -44,11 +44,22 @@ def test_a_line_of_decisions_tells_mean_range_and_what_diverged():
 def test_the_rows_of_decisions_differ_in_nothing_but_the_mixer():
     sizes = set()
     for name in decisions.ROWS:
-        experiment = decisions.experiment(name, seed=2)
+        mixers = (decisions.ROWS[name][1],)
+        experiment = small.experiment(mixers, steps=4, seed=2, evaluate_every=4)
         assert experiment.seed == 2
         if name != "yaad":  # which has thresholds to learn
             sizes.add(FunctionalModel(experiment.model, 512).size)
     assert len(sizes) <= 2  # Memora's rates are one per token and head
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_every_published_model_fits_the_small_experiment(name):
+    mixers = models.mixers(name)
+    experiment = small.experiment(mixers, steps=4, evaluate_every=4)
+    assert FunctionalModel(experiment.model, 512).size > 2e5
+    for mixer in mixers:
+        rule = getattr(mixer, "rule", None)
+        assert rule is None or rule.chunk_size <= 2 * small.CHUNK
 
 
 @pytest.mark.parametrize("make", variants.ALL, ids=lambda make: make.__name__)
