@@ -41,15 +41,13 @@ def test_a_line_of_decisions_tells_mean_range_and_what_diverged():
     assert list(line.values())[2:] == ["0 of 1", "-", "-", "not finite"]
 
 
-def test_the_rows_of_decisions_differ_in_nothing_but_the_mixer():
-    sizes = set()
-    for name in decisions.ROWS:
-        mixers = (decisions.ROWS[name][1],)
-        experiment = small.experiment(mixers, steps=4, seed=2, evaluate_every=4)
+def test_every_row_of_decisions_is_a_model_of_its_own():
+    mixers = [(mixer,) for _, mixer in decisions.ROWS.values()]
+    assert len({repr(mixer) for mixer in mixers}) == len(mixers)
+    for mixer in mixers:
+        experiment = small.experiment(mixer, steps=4, seed=2, evaluate_every=4)
         assert experiment.seed == 2
-        if name != "yaad":  # which has thresholds to learn
-            sizes.add(FunctionalModel(experiment.model, 512).size)
-    assert len(sizes) <= 2  # Memora's rates are one per token and head
+        assert FunctionalModel(experiment.model, 512).size > 2e5
 
 
 @pytest.mark.parametrize("name", models.NAMES)
