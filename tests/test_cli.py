@@ -336,7 +336,7 @@ def test_an_experiment_that_cannot_run_is_one_line(folder, tmp_path, old, new, m
 def test_a_checkpoint_of_another_model_is_one_line(trained, folder, tmp_path):
     file = changed(folder, "width=32", "width=64")
     error = refused("train", file, "--workdir", trained[0])
-    assert "a run of another model or tokenizer" in error
+    assert "another model or tokenizer: model.width: saved 32, expected 64" in error
     copy = tmp_path / "run"
     shutil.copytree(trained[0], copy)
     config = (copy / "config.json").read_text()

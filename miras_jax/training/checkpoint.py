@@ -37,6 +37,7 @@ from jax.experimental import multihost_utils
 from miras_jax.errors import UserError
 from miras_jax.training import manifest as manifests
 from miras_jax.training.manifest import Damage, Manifest
+from miras_jax.training.serial import first_difference, with_new_fields
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +161,9 @@ class Checkpoints:
 
         `abstract_state` is a pytree of jax.ShapeDtypeStruct with shardings, which may
         be those of another mesh than the one that saved. Raises UserError if no step
-        verifies, if `config` differs from the saved one, or if a leaf is missing, extra
-        or of another shape or dtype.
+        verifies, if `config` differs from the saved one (but for fields at their
+        defaults that dataclasses have gained since), or if a leaf is missing, extra or
+        of another shape or dtype.
         """
         self.wait()
         return self._restore(self.steps()[::-1], abstract_state, config)
@@ -238,10 +240,11 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(), config=ocp.args.JsonRestore()
             ),
         )
-        difference = _first_difference(stored.config, _as_json(config))
+        configs = (with_new_fields(c) for c in (stored.config, _as_json(config)))
+        difference = first_difference(*configs)
         self._refuse(difference, "has another config")
         metadata = self._manager.item_metadata(chosen).state.tree
-        difference = _first_difference(
+        difference = first_difference(
             _describe(metadata), _describe(jax.tree.map(_stored_form, abstract_state))
         )
         self._refuse(difference, "is of another model")
@@ -250,7 +253,7 @@ class Checkpoints:
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
         ).state
         # A random key is stored as integers and comes back as the kind that was saved.
-        difference = _first_difference(_describe(state), _describe(abstract_state))
+        difference = first_difference(_describe(state), _describe(abstract_state))
         self._refuse(difference, "is of another model")
         self._position = chosen
         loss = manifests.read(self._manifest_path(chosen)).loss
@@ -366,17 +369,3 @@ def _describe(tree: Any) -> dict[str, str]:
         )
         for path, leaf in leaves
     }
-
-
-def _first_difference(saved: Any, given: Any, path: str = "") -> str | None:
-    """One line on the first difference of two JSON values, or None."""
-    if isinstance(saved, list) and isinstance(given, list):
-        saved, given = dict(enumerate(saved)), dict(enumerate(given))
-    if not (isinstance(saved, dict) and isinstance(given, dict)):
-        return None if saved == given else f"{path}: saved {saved}, expected {given}"
-    for name in [*given, *saved]:
-        below = f"{path}.{name}" if path else str(name)
-        ours, theirs = saved.get(name, "nothing"), given.get(name, "nothing")
-        if (difference := _first_difference(ours, theirs, below)) is not None:
-            return difference
-    return None

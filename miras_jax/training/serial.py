@@ -6,7 +6,7 @@ modules, so configurations come from runs one trusts, like any Python file.
 """
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from typing import Any
 
@@ -42,6 +42,43 @@ def from_json(value: Any) -> Any:
         return _find(value["name"])
     parts = {name: from_json(v) for name, v in value.items() if name != "is"}
     return _find(value["is"])(**parts)
+
+
+def with_new_fields(stored: Any) -> Any:
+    """The JSON form with the fields that its dataclasses have gained since it was
+    stored, at their defaults: what is stored means the same as before they came.
+
+    So the default of a new field must be what was done without it.
+    """
+    if isinstance(stored, list):
+        return [with_new_fields(v) for v in stored]
+    if not isinstance(stored, dict):
+        return stored
+    whole = {name: with_new_fields(v) for name, v in stored.items()}
+    try:
+        kind = _find(stored.get("is", ""))
+    except (UserError, ValueError):
+        return whole  # of no class that is here, hence no gain
+    for field in fields(kind) if is_dataclass(kind) else ():
+        if field.default is not MISSING:
+            whole.setdefault(field.name, to_json(field.default))
+        elif field.default_factory is not MISSING:
+            whole.setdefault(field.name, to_json(field.default_factory()))
+    return whole
+
+
+def first_difference(saved: Any, given: Any, path: str = "") -> str | None:
+    """One line on the first difference of two JSON values, or None."""
+    if isinstance(saved, list) and isinstance(given, list):
+        saved, given = dict(enumerate(saved)), dict(enumerate(given))
+    if not (isinstance(saved, dict) and isinstance(given, dict)):
+        return None if saved == given else f"{path}: saved {saved}, expected {given}"
+    for name in [*given, *saved]:
+        below = f"{path}.{name}" if path else str(name)
+        ours, theirs = saved.get(name, "nothing"), given.get(name, "nothing")
+        if (difference := first_difference(ours, theirs, below)) is not None:
+            return difference
+    return None
 
 
 def _find(name: str) -> Any:

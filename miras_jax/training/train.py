@@ -207,12 +207,17 @@ def _claim(run: Run) -> None:
         return
     path = run.workdir / "config.json"
     if path.is_file() and run.checkpoints(read_only=True).steps():
-        there, ours = json.loads(path.read_text()), serial.to_json(run.experiment)
-        same = there["data"]["tokenizer"] == ours["data"]["tokenizer"]
-        if there["model"] != ours["model"] or not same:
+        there = serial.with_new_fields(json.loads(path.read_text()))
+        ours = serial.to_json(run.experiment)
+        parts = [
+            {"model": of["model"], "tokenizer": of["data"]["tokenizer"]}
+            for of in (there, ours)
+        ]
+        if difference := serial.first_difference(*parts):
             raise UserError(
-                f"{run.workdir} holds a run of another model or tokenizer; give "
-                "another --workdir, or continue it with its own experiment file"
+                f"{run.workdir} holds a run of another model or tokenizer: "
+                f"{difference}; give another --workdir, or continue it with its own "
+                "experiment file"
             )
     rows = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     if run.experiment.batch_size % rows:

@@ -1,5 +1,6 @@
 """States to save, and how the tests of checkpoints save and restore them."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,23 @@ import numpy as np
 
 from miras_jax.training.checkpoint import Checkpoints
 
-CONFIG = {"model": {"width": 64, "layers": [{"kind": "miras"}, {"kind": "attention"}]}}
+
+@dataclass(frozen=True)
+class Mixer:
+    """A choice that has gained a field since the steps here were saved."""
+
+    heads: int
+    window: int | None = 4
+
+
+MIXER = {"is": f"{__name__}.Mixer", "heads": 2}
+CONFIG = {
+    "model": {
+        "width": 64,
+        "layers": [{"kind": "miras"}, {"kind": "attention"}],
+        "mixer": MIXER,
+    }
+}
 
 
 class Moments(NamedTuple):

@@ -8,8 +8,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from miras_jax.errors import UserError
 from miras_jax.training.checkpoint import Checkpoints
+from miras_jax.training.serial import to_json
 from tests.training.saved import (
     CONFIG,
+    Mixer,
     Moments,
     abstract,
     assert_same,
@@ -124,11 +126,23 @@ def test_another_model_is_refused_by_the_first_leaf(two_steps, change, differenc
             {"layers": ({"kind": "miras"}, {"kind": "gru"})},
             "model.layers.1.kind: saved attention, expected gru",
         ),
+        ({"mixer": to_json(Mixer(3))}, "model.mixer.heads: saved 2, expected 3"),
+        ({"mixer": to_json(Mixer(2, 5))}, "model.mixer.window: saved 4, expected 5"),
+        (
+            {"mixer": to_json(Mixer(2, None))},
+            "model.mixer.window: saved 4, expected None",
+        ),
     ],
 )
 def test_another_config_is_refused_by_the_first_field(two_steps, model, difference):
     with pytest.raises(UserError, match=f"another config: {difference}; give"):
         restore(two_steps, config={"model": {**CONFIG["model"], **model}})
+
+
+def test_a_field_that_came_later_is_no_difference_at_its_default(two_steps):
+    config = {"model": {**CONFIG["model"], "mixer": to_json(Mixer(2))}}
+    assert config != CONFIG
+    assert restore(two_steps, config=config).step == 2
 
 
 def test_a_config_with_tuples_is_the_same_config(two_steps):

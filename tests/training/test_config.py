@@ -15,7 +15,12 @@ from miras_jax.nn.miras import Miras, RateChoices
 from miras_jax.nn.model import Model
 from miras_jax.nn.rates import Fixed, LowRank, PerHead
 from miras_jax.training.config import load_experiment
-from miras_jax.training.serial import from_json, to_json
+from miras_jax.training.serial import (
+    first_difference,
+    from_json,
+    to_json,
+    with_new_fields,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,39 @@ def test_every_field_counts():
                 from_json(stored)
     stored = to_json(experiment) | {"seed": 7}
     assert from_json(stored) == dataclasses.replace(experiment, seed=7)
+
+
+def without_defaults(value):
+    """Its JSON form as written by code whose classes had no field with a default."""
+    stored = to_json(value)
+    if isinstance(value, tuple):
+        return [without_defaults(v) for v in value]
+    for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
+        if field.default == getattr(value, field.name):
+            del stored[field.name]
+        else:
+            stored[field.name] = without_defaults(getattr(value, field.name))
+    return stored
+
+
+@pytest.mark.parametrize("value", [*MODELS[::5], *OTHERS[:3]])
+def test_what_was_stored_before_a_field_came_is_the_same(value):
+    old, new = without_defaults(value), to_json(value)
+    assert old != new
+    assert with_new_fields(old) == new == with_new_fields(new)
+    assert from_json(old) == value
+
+
+def test_a_difference_is_named_with_both_values():
+    stored = without_defaults(MODELS[0])
+    other = to_json(dataclasses.replace(MODELS[0], remat="block", width=8))
+    difference = first_difference(with_new_fields(stored), other)
+    assert difference == "width: saved 256, expected 8"
+    assert "remat: saved none, expected block" in first_difference(
+        with_new_fields(stored), other | {"width": 256}
+    )
+    unknown = {"is": "no_such_module.Choice", "x": 1}
+    assert with_new_fields(unknown) == unknown
 
 
 def test_a_function_is_stored_by_its_name():
