@@ -4,13 +4,12 @@ import itertools
 import os
 from pathlib import Path
 
-DEVICES = "--xla_force_host_platform_device_count"
+from tests import xla_flags
+
 flags = os.environ.get("XLA_FLAGS", "")
-if DEVICES not in flags:
-    # Eight devices on few cores may wait long for each other before XLA gives up.
-    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-    os.environ["XLA_FLAGS"] = f"{flags} {DEVICES}=8 {patience}".strip()
-# They share a pool of threads, by default of eight: a pool full of threads that wait
+if "--xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {xla_flags(devices=8)}".strip()
+# Devices share a pool of threads, by default of eight: a pool full of threads that wait
 # for each other would wait for ever.
 os.environ.setdefault("NPROC", "32")
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -26,6 +26,7 @@ from miras_jax.training.config import Mesh
 from miras_jax.training.metrics import read_table
 from miras_jax.training.run import Run
 from pallas_kernels.fused_scan import fused_scan, target
+from tests import xla_flags
 from tests.training.runs import one_device, tiny
 
 STEPS, SAVED = 5, 3
@@ -241,7 +242,7 @@ def test_two_processes_train_and_stop_as_one(asked, model, tmp_path):
         port = str(free.getsockname()[1])
     experiment = endless(tmp_path, Mesh())
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": xla_flags(devices=1),
         "JAX_ENABLE_COMPILATION_CACHE": "0",
     }
     processes = [

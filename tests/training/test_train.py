@@ -18,6 +18,7 @@ import pytest
 from miras_jax.training import train as train_module
 from miras_jax.training.metrics import read_table
 from miras_jax.training.train import Diverged, Result, train
+from tests import xla_flags
 from tests.training.runs import SharedRun, bad_batch, bits, tiny
 
 
@@ -206,7 +207,7 @@ train(tiny(folder, checkpoint_every=2), folder / "run")
 
 def start(folder: Path, log) -> subprocess.Popen:
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": xla_flags(devices=1),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
