@@ -14,11 +14,8 @@ without one there is a row for every token.
 import jax
 import jax.numpy as jnp
 
-from miras_jax.core.product import Dot
 from miras_jax.core.types import Params, State, Tokens, state_dtype
-
-QUERY_TILE = 128
-"""Queries whose scores exist at once; changes the memory, never the result."""
+from pallas_kernels.attention import attention
 
 
 def start(window: int | None, params: Params) -> State:
@@ -53,44 +50,23 @@ def step(window: int | None, state: State, token: Tokens):
     return jax.nn.softmax(scores) @ values, state
 
 
-def run(window: int | None, state: State, tokens: Tokens):
-    """Many tokens at once, a tile of queries at a time: `(outputs [L, V], state)`."""
-    length = len(tokens.keys)
-    tile = min(length, QUERY_TILE if window is None else max(16, window))
+def run(window: int | None, state: State, tokens: Tokens, implementation: str | None):
+    """Many tokens at once: `(outputs [L, V], state)`.
+
+    implementation: of `pallas_kernels.attention`.
+    """
     before = len(state.dual[0])  # of a window: its size
     everything = _append(None, state, tokens[:3])
-    keys, values = everything.dual
     (filled,) = everything.kept
-    dtype = keys.dtype
-    dot = Dot(tokens.keys.dtype, dtype)
-
-    padding = -length % tile
-    keys, values, filled = (
-        jnp.pad(x, ((0, padding), (0, 0))) for x in (keys, values, filled)
+    outputs = attention(
+        tokens.queries[None, :, None],
+        *(x.astype(tokens.keys.dtype)[None, :, None] for x in everything.dual),
+        segments=filled.T.astype(jnp.int32) if before else None,
+        window=window,
+        implementation=implementation,
     )
-    queries = jnp.pad(tokens.queries.astype(dtype), ((0, padding), (0, 0)))
-    tiles = queries.reshape(-1, tile, queries.shape[1])
-    rows = len(keys) if window is None else window + tile
-    place = jnp.arange(tile)[:, None] - jnp.arange(rows)[None] + before
-
-    @jax.checkpoint
-    def attend(_, inputs):
-        first, queries = inputs
-        # How many tokens ago each row was read; a window's rows move with the tile.
-        start = 0 if window is None else first
-        age = place + first - start
-        seen = (age >= 0) & ((age < window) if window is not None else True)
-        own_keys, own_values, own_filled = (
-            jax.lax.dynamic_slice_in_dim(x, start, rows) for x in (keys, values, filled)
-        )
-        scores = dot.rows(queries, own_keys) / keys.shape[1] ** 0.5
-        scores = jnp.where(seen & (own_filled.T > 0), scores, jnp.finfo(dtype).min)
-        return (), dot(jax.nn.softmax(scores, axis=1), own_values)
-
-    firsts = jnp.arange(len(tiles)) * tile
-    _, outputs = jax.lax.scan(attend, (), (firsts, tiles))
     state = everything if window is None else with_rows(everything, window)
-    return outputs.reshape(-1, outputs.shape[-1])[:length], state
+    return outputs[0, :, 0], state
 
 
 def _append(window, state, tokens):

@@ -100,13 +100,18 @@ def run(
         case "definition":
             outputs, state = _run_definition(rule, params, state, tokens, documents)
         case None | "xla" | "pallas":
-            scan = partial(fused_scan, implementation=_scan(implementation))
+            chosen = _of_kernels(implementation)
             in_kernel = implementation != "xla" and platform()
             tile = KERNEL_TILE if in_kernel else LINEAR_TILE
             try:
-                outputs, state = _run_blocks(
-                    scan, tile, rule, params, state, tokens, documents
-                )
+                if rule.keeps_tokens:
+                    window = rule.memory.window
+                    outputs, state = attention.run(window, state, tokens, chosen)
+                else:
+                    scan = partial(fused_scan, implementation=chosen)
+                    outputs, state = _run_blocks(
+                        scan, tile, rule, params, state, tokens, documents
+                    )
             except Unsupported as error:
                 raise UserError(
                     f"implementation='pallas' cannot run {rule}: {error}. Use None "
@@ -130,8 +135,8 @@ def _of_pairs(documents, steps):
     return Documents(starts.reshape(-1), jnp.repeat(documents.real, steps))
 
 
-def _scan(implementation: Implementation | None) -> str | None:
-    """The same choice in terms of `fused_scan`."""
+def _of_kernels(implementation: Implementation | None) -> str | None:
+    """The same choice in terms of `pallas_kernels`."""
     if implementation != "pallas":
         return None if implementation is None else "reference"
     if platform() is None:
@@ -169,8 +174,6 @@ def _run_definition(rule, params, state, tokens, documents):
 
 
 def _run_blocks(scan, tile, rule, params, state, tokens, documents):
-    if rule.keeps_tokens:
-        return attention.run(rule.memory.window, state, tokens)
     length = len(tokens.keys)
     size = parallel_tokens(rule, tokens.rates, tile)
     position = state.position if rule.has_anchor else 0

@@ -252,9 +252,10 @@ class GatedMLP(Choice):
 class Cache(Choice):
     """The keys and values themselves, read by softmax attention (core/attention.py).
 
-    With a `window`, those of the last so many tokens. It has no weights:
-    `rule.weights(state)` are the keys `[S, K]` and values `[S, V]` that are kept. Made
-    for bias.L2(), retention.Keep() and algorithm.NonParametric().
+    On TPU and GPU by the kernels that JAX ships (pallas_kernels/attention). With a
+    `window`, those of the last so many tokens. It has no weights: `rule.weights(state)`
+    are the keys `[S, K]` and values `[S, V]` that are kept. Made for bias.L2(),
+    retention.Keep() and algorithm.NonParametric().
     """
 
     window: int | None = None

@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from miras_jax.core.types import Choice, state_dtype
+from miras_jax.core.types import Choice
 from miras_jax.errors import UserError
 from miras_jax.nn.documents import Last, beginning, locate
 from miras_jax.nn.layers import Projection, param, rotate, split_heads
+from pallas_kernels.attention import attention, implementation_of
 
 
 @dataclass(frozen=True, repr=False)
 class Attention(Choice):
     """Causal softmax attention with RoPE over all tokens, or the last `window` ones.
+
+    Run by the kernels that JAX ships where they can (pallas_kernels/attention).
 
     num_kv_heads: heads of keys and values, each for an equal group of query heads
     (arXiv 2305.13245); None: as many as query heads.
@@ -43,6 +46,23 @@ class Attention(Choice):
 
     def build(self, width: int, output_scale: float, rngs: nnx.Rngs):
         return AttentionLayer(self, width, output_scale, rngs)
+
+    def implementation(self, width: int, length: int, dtype, packed: bool) -> str:
+        """What texts of this length are read by: of `pallas_kernels.attention`.
+
+        On the platform that is traced for, without a cache; packed: with segment ids.
+        """
+        shape = (1, length, self.num_heads, width // self.num_heads)
+        queries = jax.ShapeDtypeStruct(shape, dtype)
+        shape = (1, length, self.kv_heads, width // self.num_heads)
+        pairs = [jax.ShapeDtypeStruct(shape, dtype)] * 2
+        return implementation_of(
+            queries,
+            *pairs,
+            segments=jax.ShapeDtypeStruct((1, length), jnp.int32) if packed else None,
+            window=self.window,
+            always=tuple(pairs) if self.persistent else None,
+        )
 
 
 class AttentionCache(NamedTuple):
@@ -128,13 +148,18 @@ class AttentionLayer(nnx.Module):
             all_indices = jnp.concatenate([cache.indices, indices], axis=1)
             past = jnp.zeros_like(cache.indices)
             all_documents = jnp.concatenate([past, document], axis=1)
-        age = places.index[:, :, None] - all_indices[:, None, :]
-        seen = (age >= 0) & (all_indices[:, None, :] >= 0)
-        seen &= document[:, :, None] == all_documents[:, None, :]
-        if self.config.window is not None:
-            seen &= age < self.config.window
+        segments = None
+        if cache is not None or places.documents is not None:
+            segments = jnp.where(all_indices >= 0, all_documents, -1)
         persistent = None if self.persistent is None else self.persistent[...]
-        y = attend(queries, keys, values, seen, persistent)
+        y = attention(
+            queries,
+            keys,
+            values,
+            segments=segments,
+            window=self.config.window,
+            always=persistent,
+        )
         if cache is None:
             return y, None
         if places.documents is not None:
@@ -149,30 +174,3 @@ class AttentionLayer(nnx.Module):
             )
         kept = (part[:, length:] for part in (keys, values, all_indices))
         return y, AttentionCache(*kept, places.last)
-
-
-def attend(queries, keys, values, seen, persistent=None) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v over what is seen, `[B, L, S]`; H / G queries per key.
-
-    queries `[B, L, H, K]`, keys and values `[B, S, G, .]`; logits and their softmax in
-    float32 or more. Tokens that see nothing get the mean. persistent `[2, N, G, .]`:
-    keys and values that all tokens see.
-    """
-    if persistent is not None:
-        shape = (2, len(keys), *persistent.shape[1:])
-        always = jnp.broadcast_to(persistent[:, None], shape).astype(keys.dtype)
-        keys = jnp.concatenate([always[0], keys], axis=1)
-        values = jnp.concatenate([always[1], values], axis=1)
-        known = jnp.ones((*seen.shape[:2], shape[2]), bool)
-        seen = jnp.concatenate([known, seen], axis=2)
-    batch, length, heads, channels = queries.shape
-    grouped = queries.reshape(batch, length, keys.shape[2], -1, channels)
-    dtype = state_dtype(queries)
-    logits = jnp.einsum(
-        "blghk,bsgk->bghls", grouped, keys, preferred_element_type=dtype
-    )
-    lowest = jnp.finfo(dtype).min / 2
-    logits = jnp.where(seen[:, None, None], logits * channels**-0.5, lowest)
-    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    y = jnp.einsum("bghls,bsgv->blghv", weights, values)
-    return y.reshape(batch, length, heads, -1)

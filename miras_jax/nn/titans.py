@@ -14,7 +14,7 @@ from flax import nnx
 
 from miras_jax.core.types import Choice, State
 from miras_jax.errors import UserError
-from miras_jax.nn.attention import Attention, attend
+from miras_jax.nn.attention import Attention
 from miras_jax.nn.layers import (
     Projection,
     param,
@@ -23,6 +23,7 @@ from miras_jax.nn.layers import (
     split_heads,
 )
 from miras_jax.nn.miras import Miras, MirasCache
+from pallas_kernels.attention import attend
 
 
 @dataclass(frozen=True, repr=False)

@@ -58,32 +58,38 @@ def fused_scan(
     of the `target` being compiled for, and the reference where there is none.
     ValueError for a name that is unknown or that this backend cannot run.
     """
-    found = _TARGET.get() or _Target(jax.default_backend(), False)
-    is_free = implementation is None
-    if is_free:
-        implementation = found.platform if found.platform in KERNELS else "reference"
-    if implementation == "reference":
+    chosen, interpret = choose("fused_scan", implementation)
+    if chosen == "reference":
         return reference.fused_scan(step, carry, xs, consts)
-    if implementation not in KERNELS:
+    module = import_module(f"pallas_kernels.fused_scan.{KERNELS[chosen]}")
+    try:
+        return autodiff.fused_scan(module, step, carry, xs, consts, interpret=interpret)
+    except autodiff.Unsupported:
+        if implementation is not None:
+            raise
+        return reference.fused_scan(step, carry, xs, consts)
+
+
+def choose(operation: str, implementation: str | None) -> tuple[str, Any]:
+    """The implementation of an operation to try here and now, and how to interpret it.
+
+    None means the kernel of the platform that is traced for, if it has kernels.
+    """
+    found = _TARGET.get() or _Target(jax.default_backend(), False)
+    if implementation is None:
+        implementation = found.platform if found.platform in KERNELS else "reference"
+    if implementation not in ("reference", *KERNELS):
         raise ValueError(
-            f"fused_scan has no implementation {implementation!r}; there are "
+            f"{operation} has no implementation {implementation!r}; there are "
             f"reference, {', '.join(KERNELS)}, or None for the best available."
         )
-    if implementation != found.platform:
+    if implementation not in ("reference", found.platform):
         raise ValueError(
-            f"fused_scan(implementation={implementation!r}) needs a "
+            f"{operation}(implementation={implementation!r}) needs a "
             f"{implementation.upper()} and the backend is {found.platform}; leave it "
             "None, or wrap the trace in fused_scan.target to compile for another chip."
         )
-    module = import_module(f"pallas_kernels.fused_scan.{KERNELS[implementation]}")
-    try:
-        return autodiff.fused_scan(
-            module, step, carry, xs, consts, interpret=found.interpret
-        )
-    except autodiff.Unsupported:
-        if not is_free:
-            raise
-        return reference.fused_scan(step, carry, xs, consts)
+    return implementation, found.interpret
 
 
 def platform() -> str | None:
