@@ -11,12 +11,18 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from miras_jax.errors import UserError
+from miras_jax.nn.attention import Attention
+from miras_jax.nn.miras import Miras
+from miras_jax.nn.model import Model
 from miras_jax.training import data, plots, serial
 from miras_jax.training.config import Experiment
 from miras_jax.training.metrics import MetricsLog, Progress
@@ -185,10 +191,39 @@ def _logging(run: Run, start: int):
     ):
         size = f"{run.model.size / 1e6:.2f} M parameters"
         where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
-        kernels = "XLA" if platform() is None else f"{platform().upper()} kernels"
         begin = f"from step {start}" if start else "from the beginning"
-        progress.note(f"{size}, {where}, memories in {kernels}, {begin}")
+        packed = run.prepared.documents == "packed"
+        kernels = implementations(experiment.model, run.prepared.context_length, packed)
+        progress.note(f"{size}, {where}, {kernels}, {begin}")
         yield _Log(run, start, files, progress)
+
+
+def implementations(model: Model, length: int, packed: bool) -> str:
+    """What runs a model: "memories in XLA, attention in TPU kernels"."""
+    names = {"tpu": "TPU kernels", "gpu": "GPU kernels"}
+    parts = []
+    if any(_all(Miras, model.mixers)):
+        parts.append(f"memories in {names.get(platform(), 'XLA')}")
+    dtype = jnp.dtype(model.compute_dtype)
+    found = {
+        names.get(layer.implementation(model.width, length, dtype, packed), "XLA")
+        for layer in _all(Attention, model.mixers)
+    }
+    if found:
+        parts.append(f"attention in {' and '.join(sorted(found))}")
+    return ", ".join(parts)
+
+
+def _all(kind: type, choice) -> Iterator:
+    """The choices of a kind inside of mixers, whatever they are made of."""
+    if isinstance(choice, kind):
+        yield choice
+    elif isinstance(choice, tuple):
+        for part in choice:
+            yield from _all(kind, part)
+    elif is_dataclass(choice):
+        for field in fields(choice):
+            yield from _all(kind, getattr(choice, field.name))
 
 
 def _claim(run: Run) -> None:

@@ -9,15 +9,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+from miras_jax import variants
+from miras_jax.nn.attention import Attention
+from miras_jax.nn.miras import Miras
+from miras_jax.nn.model import Model
+from miras_jax.nn.titans import MAG
 from miras_jax.training import train as train_module
 from miras_jax.training.metrics import read_table
-from miras_jax.training.train import Diverged, Result, train
+from miras_jax.training.train import Diverged, Result, implementations, train
+from pallas_kernels.fused_scan import target
 from tests import xla_flags
 from tests.training.runs import SharedRun, bad_batch, bits, tiny
 
@@ -218,6 +226,30 @@ def start(folder: Path, log) -> subprocess.Popen:
         stdout=log,
         stderr=log,
     )
+
+
+def test_what_runs_a_model_is_told(monkeypatch):
+    """As layers would be read: persistent tokens, documents, float32."""
+    version = SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr(cudnn, "cuda_versions", version)
+    memory = Miras(variants.yaad(), num_heads=2)
+    layers = Attention(2), Attention(2, window=32, persistent=4)
+    hybrid = Model(width=32, mixers=(MAG(memory, layers[1]), *layers), depth=3)
+    expected = "memories in XLA, attention in XLA"
+    assert implementations(hybrid, 256, packed=False) == expected
+    with target("tpu"):
+        expected = "memories in TPU kernels, attention in TPU kernels and XLA"
+        assert implementations(hybrid, 256, packed=True) == expected
+        only = Model(mixers=layers[:1], depth=1)
+        assert implementations(only, 256, packed=True) == "attention in TPU kernels"
+        assert implementations(only, 64, packed=True) == "attention in XLA"
+    with target("gpu"):
+        assert implementations(only, 256, packed=True) == "attention in XLA"
+        window = Model(
+            mixers=(Attention(4, window=32),), depth=1, compute_dtype="bfloat16"
+        )
+        assert implementations(window, 256, packed=False) == "attention in GPU kernels"
+        assert implementations(window, 256, packed=True) == "attention in XLA"
 
 
 def test_kill_dash_nine(tmp_path, straight):
