@@ -73,6 +73,18 @@ def test_newton_schulz_makes_singular_values_nearly_equal():
     assert np.all(orthogonalised(jnp.zeros((3, 4)), 5) == 0)
 
 
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (16, 16)])
+def test_newton_schulz_loses_no_small_singular_value(shape):
+    u, _, v = np.linalg.svd(np.random.default_rng(0).normal(size=shape), False)
+    matrix = (u * np.geomspace(1, 1e-6, 16)) @ v
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        x = 3.4445 * x - 4.775 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+    assert error(orthogonalised(jnp.asarray(matrix), 5), x) < 1e-11
+    # With all five on one square, 2e-4.
+    assert error(orthogonalised(jnp.float32(matrix), 5), x) < 3e-5
+
+
 def test_mesa_net_is_the_least_squares_solution_of_all_pairs():
     rng, length = np.random.default_rng(0), 70
     queries, keys = unit(rng, length, 4), unit(rng, length, 4)

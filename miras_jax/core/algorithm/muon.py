@@ -5,13 +5,18 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from miras_jax.core import causal
 from miras_jax.core.algorithm.descent import At, Momentum
+from miras_jax.core.product import Dot
 from miras_jax.errors import UserError
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of Muon's quintic iteration (K. Jordan, 2024), as in LaCT and Atlas."""
+
+GRAM_ITERATIONS = 3
+"""Iterations in a row on the square alone; the fourth would be seen in float32."""
 
 TINY_SQUARE = 1e-12
 """Added to the square of a norm that divides: keeps the derivative at zero finite."""
@@ -25,16 +30,39 @@ def normalised(matrix: jax.Array) -> jax.Array:
 def orthogonalised(matrix: jax.Array, iterations: int) -> jax.Array:
     """U V^T of M = U S V^T, nearly: Newton-Schulz brings singular values close to 1.
 
-    X <- a X + (b X X^T + c (X X^T)^2) X from X = M / |M|, on the side of M on which the
-    square X X^T is the smaller one.
+    X <- P X, P = a + b G + c G^2, G = X X^T, from X = M / |M|, on the side of M on
+    which G is the smaller one. As G <- P G P all the while, some iterations run on the
+    square G alone, with a product of their P for X at the end: for `[64, 256]` five
+    of them take 0.67 times the multiplications of those on X. Small singular values
+    are small against the rounding of G, so that G is taken from X anew after
+    GRAM_ITERATIONS: in float32 all five on one G cost a rounding 50 times as large.
     """
+    rows, columns = matrix.shape
+    if rows > columns:
+        return orthogonalised(matrix.T, iterations).T
+    x = normalised(matrix)
+    dot = Dot(x.dtype, x.dtype)
+    # Multiplications / r^2: (4 n - 3) r + 2 c with n in a row, one by one n (r + 2 c).
+    together = GRAM_ITERATIONS if 3 * rows < 2 * columns else 1
+    for done in range(0, iterations, together):
+        x = dot(_polynomial(dot, dot.rows(x, x), min(together, iterations - done)), x)
+    return x
+
+
+def _polynomial(dot: Dot, gram: jax.Array, iterations: int) -> jax.Array:
+    """The product of P over the iterations, as a polynomial in G: `[r, r]`."""
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = normalised(matrix.T if tall else matrix)
-    for _ in range(iterations):
-        square = x @ x.T
-        x = a * x + (b * square + c * (square @ square)) @ x
-    return x.T if tall else x
+    own = jnp.asarray(np.eye(len(gram)), gram.dtype)
+
+    def polynomial(gram):
+        return a * own + b * gram + c * dot(gram, gram)
+
+    product = last = polynomial(gram)
+    for _ in range(iterations - 1):
+        gram = dot(dot(last, gram), last)
+        last = polynomial(gram)
+        product = dot(last, product)
+    return product
 
 
 @dataclass(frozen=True, repr=False)
