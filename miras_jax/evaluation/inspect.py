@@ -114,9 +114,13 @@ def _memories(
         for path, layer in _layers(group):
             ((tokens, _),) = outputs[(*path, MirasLayer.tokens.__name__)].get_value()
             tokens = jax.tree.map(lambda t: t[0], tokens)
-            # One query head of each memory: what is read does not change it.
-            per_memory = layer.config.num_heads // layer.config.memories
-            tokens = tokens._replace(queries=tokens.queries[::per_memory])
+            # One query head of each memory: what is read does not change it. Several
+            # memories may share it, and their keys.
+            each = np.arange(layer.config.memories)
+            queries, keys = (
+                x[each * len(x) // len(each)] for x in (tokens.queries, tokens.keys)
+            )
+            tokens = tokens._replace(queries=queries, keys=keys)
             infos.append(_watch(layer.config.rule, layer.memory_params, tokens))
         return x, infos
 

@@ -255,7 +255,8 @@ class MirasLayer(nnx.Module):
     ) -> tuple[Tokens, jax.Array]:
         """What the memories read of `[B, L, D]`, every leaf `[B, G, L, ...]`.
 
-        Queries are `[B, H, L, K]`, those of one memory next to each other. window: the
+        Queries are `[B, H, L, K]`, those of one memory next to each other; where
+        several memories share them, both they and keys `[B, S, L, K]`. window: the
         convolution's cache; also the new one.
         """
         memories = self.config.memories
@@ -280,9 +281,6 @@ class MirasLayer(nnx.Module):
         )
         queries, keys = self.query_features(queries), of_keys(keys)
         erase_keys = [l2_normalise(part) for part in erase_keys]
-        if self.config.num_qk_heads is not None:
-            copies = self.config.num_heads // self.config.num_qk_heads
-            queries, keys = (jnp.repeat(t, copies, axis=2) for t in (queries, keys))
         # Of norm about one, like keys and the memory's own output.
         values = values * values.shape[-1] ** -0.5
         given = Given(places.index, keys, {})
@@ -354,12 +352,16 @@ def read_memories(
 
     Leaves of params are `[G, ...]`, of memory (None: from the start, and none is
     returned) `[B, G, ...]`, of tokens `[B, G, L, ...]`, but queries `[B, H, L, K]`.
+    Where memories next to each other share queries and keys, these are `[B, S, L, K]`.
     """
-    batch, heads, length, channels = tokens.queries.shape
+    length = tokens.queries.shape[2]
+    memories, shared = len(params.weights[0]), tokens.keys.shape[1]
+    copies = memories // shared
     single = length == 1 and documents is None
 
-    def read(params, state, queries, tokens, documents):
-        tokens = tokens._replace(queries=queries)
+    def read(params, state, common, tokens, documents):
+        queries, keys = common
+        tokens = tokens._replace(queries=queries, keys=keys)
         if state is None:
             state = rule.start(params)
         elif single:
@@ -369,12 +371,31 @@ def read_memories(
         output, state = engine.run(rule, params, state, tokens, documents=documents)
         return output, state if memory is not None else None
 
-    # Innermost the queries of one memory, which is written once for all of them.
-    read = jax.vmap(read, (None, None, 0, None, None), (0, None))
+    # Innermost the queries of one memory, which is written once for all of them, then
+    # the memories of the same keys, of which no copies are made.
+    read = jax.vmap(read, (None, None, (0, None), None, None), (0, None))
+    read = jax.vmap(read, (0, 0, None, 0, None))
     read = jax.vmap(read, (0, 0, 0, 0, None))
     read = jax.vmap(read, (None, 0, 0, 0, 0))
-    memories = len(params.weights[0])
-    queries = tokens.queries.reshape(batch, memories, -1, length, channels)
-    others = tokens._replace(queries=None)
-    y, memory = read(params, memory, queries, others, documents)
-    return y.reshape(batch, heads, length, -1), memory
+
+    def by_keys(tree, axis):
+        """The axis of G memories as one of S and one of those that share."""
+        return jax.tree.map(
+            lambda x: x.reshape(*x.shape[:axis], shared, copies, *x.shape[axis + 1 :]),
+            tree,
+        )
+
+    queries = tokens.queries
+    queries = queries.reshape(len(queries), shared, -1, *queries.shape[2:])
+    others = by_keys(tokens._replace(queries=None, keys=None), 1)
+    y, after = read(
+        by_keys(params, 0),
+        by_keys(memory, 1),
+        (queries, tokens.keys),
+        others,
+        documents,
+    )
+    after = jax.tree.map(
+        lambda x: x.reshape(len(queries), memories, *x.shape[3:]), after
+    )
+    return y.reshape(len(queries), -1, *y.shape[4:]), after
