@@ -1,8 +1,11 @@
 """Speed and memory of one memory layer, beside its definition, a GRU and an LSTM.
 
-    python -m experiments.bench.layer [--lengths 1024,4096] [--batches 1]
-        [--chunks 16,64] [--variants yaad,moneta,memora,titans,gated_delta_net | all]
+    python -m experiments.bench.layer [--lengths 1024] [--batches 1] [--chunks 64]
+        [--variants yaad,moneta,memora,titans,gated_delta_net | all]
         [--repeats 5] [--no memory,recurrent] [--json rows.json]
+
+    python -m experiments.bench.layer --variants all \\
+        > experiments/results/bench/variants.txt
 
 Prints one table, all of it measured in this one run, cases of one scope, batch and
 length in turns with each other: 4 heads of 64 (width 256), float32, tokens per second
@@ -19,7 +22,8 @@ definition  Yaad token by token. It is slow, and its backward pass stores weight
             every token: it runs at few tokens and is compared per token.
 chunk       of rules with chunk_size 1 the engine's tile: it changes the speed alone.
 layer       of rules without chunks that of their own paper (`miras_jax.nn.recipes`).
-NAME_exact  a rule with the exact readout, where that is another function.
+NAME_exact  a rule with the exact readout, where that is another function (but not of
+            Muon, which would iterate for every token, 64 times as often).
 MB          results and temporaries in XLA's own plan of the program, not its inputs. It
             agrees with the growth of the process while the program runs (57 against 69,
             571 against 556, 111 against 104 MB where compared); the peak of the whole
@@ -37,7 +41,8 @@ share       useful matrix FLOPs / time / rate of a 1,024-cubed float32 product, 
             one; recomputation is not useful. XLA's own count (`cost_analysis`) is no
             help: it takes the body of a scan once.
 x family    in the summary: time of forward+backward over that of Gated DeltaNet (rules
-            with chunk_size 1) or of Yaad at the same chunk.
+            with chunk_size 1), of the same rule with the linear readout (NAME_exact),
+            or of Yaad at the same chunk.
 
 Nearly all of the time is compilation.
 """
@@ -78,7 +83,9 @@ RULES = {
 RULES |= {
     f"{name}_exact": replace(rule, readout="exact")
     for name, rule in RULES.items()
-    if rule.chunk_size > 1 and replace(rule, readout="exact").reads_exactly
+    if rule.chunk_size > 1
+    and replace(rule, readout="exact").reads_exactly
+    and not rule.algorithm.settles
 }
 VARIANTS = ("yaad", "moneta", "memora", "titans", "gated_delta_net")
 COUNTED = (algorithm.GradientDescent, algorithm.Momentum, algorithm.Implicit)
@@ -104,6 +111,8 @@ class Case:
         """The variant that this one is compared with."""
         if self.form != "chunked":
             return None
+        if self.variant.endswith("_exact"):
+            return self.variant.removesuffix("_exact")
         return "gated_delta_net" if RULES[self.variant].chunk_size == 1 else "yaad"
 
     @property
@@ -321,9 +330,9 @@ def _names(text: str, option: str, known: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench.layer")
-    parser.add_argument("--lengths", default="1024,4096")
+    parser.add_argument("--lengths", default="1024")
     parser.add_argument("--batches", default="1")
-    parser.add_argument("--chunks", default="16,64")
+    parser.add_argument("--chunks", default="64")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="or all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no", default="", help=f"leave out any of {','.join(PARTS)}")
