@@ -174,13 +174,13 @@ def _run_definition(rule, params, state, tokens, documents):
 
 
 def _run_blocks(scan, tile, rule, params, state, tokens, documents):
+    if documents is None and _is_narrow(rule, state):
+        return _run_narrow(rule, params, state, tokens)
     length = len(tokens.keys)
     size = parallel_tokens(rule, tokens.rates, tile)
     position = state.position if rule.has_anchor else 0
     if documents is not None or not isinstance(position, int):
         return _run_shifted(scan, rule, params, state, tokens, documents, size)
-    if _is_narrow(rule, state):
-        size = LINEAR_TILE
 
     # Blocks end where chunks end: first what is left of an open chunk, then whole
     # chunks, then the part of a chunk that stays open.
@@ -190,7 +190,7 @@ def _run_blocks(scan, tile, rule, params, state, tokens, documents):
     outputs = []
     if head:
         part = _take(tokens, 0, head)
-        output, state = _read_block(rule, params, state, part, aligned=False)
+        output, state = block(rule, params, state, part, aligned=False)
         state = rule.close(state, state.position == rule.chunk_size)
         outputs.append(output)
     if whole:
@@ -201,13 +201,13 @@ def _run_blocks(scan, tile, rule, params, state, tokens, documents):
         outputs.append(output)
     if middle < length:
         part = _take(tokens, middle, length)
-        output, state = _read_block(rule, params, state, part, aligned=True)
+        output, state = block(rule, params, state, part, aligned=True)
         outputs.append(output)
     return jnp.concatenate(outputs), state
 
 
 def _is_narrow(rule, state):
-    """Whether blocks are read token by token: where a pair of tokens costs as much.
+    """Whether tokens are read one by one: where a pair of them costs as much.
 
     With a single key or value channel, as in Mamba's heads, the products of a block
     are as large as the weights of all its tokens; a CPU then gains nothing from them.
@@ -216,10 +216,9 @@ def _is_narrow(rule, state):
     return narrow and platform() is None and jax.default_backend() == "cpu"
 
 
-def _read_block(rule, params, state, tokens, aligned):
-    if not _is_narrow(rule, state):
-        return block(rule, params, state, tokens, aligned=aligned)
-
+def _run_narrow(rule, params, state, tokens):
+    # A state is no larger than the token: all are kept for the backward pass, and
+    # tokens are not sorted into blocks first.
     @jax.checkpoint
     def body(state, token):
         output, state = rule.step(params, state, token)
@@ -234,7 +233,7 @@ def _scan_blocks(scan, rule, params, state, blocks):
 
     def step(carry, tokens, params):
         state = rule.open_chunk(*carry)
-        outputs, state = _read_block(rule, params, state, tokens, aligned=True)
+        outputs, state = block(rule, params, state, tokens, aligned=True)
         state = rule.close(state, True)
         return rule.carried(state), outputs
 
