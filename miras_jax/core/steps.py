@@ -123,7 +123,9 @@ class ChannelSteps(NamedTuple):
         side, log_keep = (
             ("out", self.log_out) if self.log_in is None else ("in", self.log_in)
         )
-        return DenseSteps(*dense_decay(log_keep, self.when), side).summed(sums)
+        later = prefix_sum(np.tri(len(log_keep), k=-1).T, log_keep)
+        mix = _summed_decay(log_keep, self.when, sums)
+        return DenseSteps(mix, sums.T @ jnp.exp(later), side)
 
     def _narrow(self, a, d):
         """The factors of the steps, the rate multiplied into the narrower one."""
@@ -206,6 +208,22 @@ def _factors(log_keep: jax.Array) -> jax.Array:
     size, channels = log_keep.shape
     logs = prefix_sum(np.concatenate(_halving(size)[1]), log_keep)
     return jnp.exp(logs).reshape(-1, size, channels)
+
+
+def _summed_decay(log_keep: jax.Array, when: When, sums: jax.Array) -> jax.Array:
+    """E_ti = sum_s D_ts sums_si `[C, n, channels]`, by E_t = keep_t E_{t-1} + sums_t.
+
+    C times fewer operations than to sum over s for every t.
+    """
+
+    def advance(before, token):
+        keep, own = token
+        between = keep[None] * before
+        after = between + own[:, None]
+        return after, {"after": after, "between": between, "before": before}[when]
+
+    nothing = jnp.zeros((sums.shape[1], log_keep.shape[1]), log_keep.dtype)
+    return jax.lax.scan(advance, nothing, (jnp.exp(log_keep), sums))[1]
 
 
 class SumSteps(NamedTuple):
