@@ -177,6 +177,8 @@ def _run_blocks(scan, tile, rule, params, state, tokens, documents):
     if documents is None and _is_narrow(rule, state):
         return _run_narrow(rule, params, state, tokens)
     length = len(tokens.keys)
+    # Rows are packed alike for every machine, by `alignment`.
+    tile = tile if documents is None else LINEAR_TILE
     size = parallel_tokens(rule, tokens.rates, tile)
     position = state.position if rule.has_anchor else 0
     if documents is not None or not isinstance(position, int):
