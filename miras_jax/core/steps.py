@@ -205,9 +205,9 @@ def _factors(log_keep: jax.Array) -> jax.Array:
 
     The same whenever a token looks, so that it is computed once.
     """
-    size, channels = log_keep.shape
-    logs = prefix_sum(np.concatenate(_halving(size)[1]), log_keep)
-    return jnp.exp(logs).reshape(-1, size, channels)
+    between = jnp.asarray(_halving(len(log_keep))[1], log_keep.dtype)
+    copies = jnp.broadcast_to(log_keep, (len(between), *log_keep.shape))
+    return jnp.exp(jnp.matmul(between, copies, precision=jax.lax.Precision.HIGHEST))
 
 
 def _summed_decay(log_keep: jax.Array, when: When, sums: jax.Array) -> jax.Array:

@@ -43,7 +43,12 @@ NAMES = (
 )
 CASES = [case for case in core.all_cases() if case.name in NAMES]
 # What differs for a kernel that works by tiles; the others are made of the same parts.
-BY_TILES = ("yaad", "memora", "linear_attention", "gated_delta_net")
+BY_TILES = (
+    "huber-switch-channels",
+    "decay-value-channels",
+    "memora",
+    "gated_delta_net",
+)
 PAIRS = [
     pytest.param(case, kernel, id=f"{case.name}-{kernel}")
     for kernel in KERNELS
