@@ -91,6 +91,11 @@ def test_a_value_that_the_step_captured_has_its_gradient(kernel):
     assert max(found.values()) < 2e-6, found
 
 
+# One adds in the order of the reference, the other by tiles. The reference itself is
+# 3e-6 away from the same in float64, so another order may be as far from it.
+TWICE = {"tpu": 5e-7, "gpu": 4e-6}
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_under_checkpoint_and_as_part_of_a_scan(kernel):
     case = CASES[0]
@@ -108,7 +113,7 @@ def test_under_checkpoint_and_as_part_of_a_scan(kernel):
     with target(kernel, interpret=True):
         actual = results(twice(kernel), (carry, xs, consts))
     found = errors(actual, expected)
-    assert max(found.values()) < 4e-6, found  # twice as many chunks, and sums by tiles
+    assert max(found.values()) < TWICE[kernel], found
 
 
 def test_on_a_simulated_tpu_no_race_and_no_read_before_a_write():
@@ -122,7 +127,8 @@ def test_on_a_simulated_tpu_no_race_and_no_read_before_a_write():
 # The comparison can fail.
 
 
-def test_a_wrong_step_is_noticed_in_every_tensor():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_wrong_step_is_noticed_in_every_tensor(kernel):
     case = CASES[0]
     operands = inputs(case, 2)
 
@@ -130,8 +136,8 @@ def test_a_wrong_step_is_noticed_in_every_tensor():
         return case.step(carry, {**x, "rate": x["rate"] * 1.001}, consts)
 
     expected = results(scan(case, "reference"), operands)
-    with target("tpu", interpret=True):
-        actual = results(scan(case._replace(step=wrong), "tpu"), operands)
+    with target(kernel, interpret=True):
+        actual = results(scan(case._replace(step=wrong), kernel), operands)
     found = errors(actual, expected)
     assert min(found.values()) > 2e-5, found
 
