@@ -68,6 +68,16 @@ def shaken(params, seed=1):
     )
 
 
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def shake(module):
+    """The module with noise on every parameter."""
+    graph, params = nnx.split(module)
+    return nnx.merge(graph, shaken(params))
+
+
 def leaves(tree):
     """Dotted name -> array, for every parameter of an nnx state."""
     flat = nnx.to_flat_state(tree)
