@@ -18,7 +18,7 @@ from pallas_kernels.fused_scan import Unsupported, fused_scan, platform
 Implementation = Literal["definition", "xla", "pallas"]
 
 LINEAR_TILE = 32
-KERNEL_TILE = 64
+KERNEL_TILES = {"tpu": 128, "gpu": 64}
 """Tokens per block of the exact linear rules, through XLA and in a kernel (fewer leave
 matrix units idle); changes the speed, never the result."""
 
@@ -101,8 +101,8 @@ def run(
             outputs, state = _run_definition(rule, params, state, tokens, documents)
         case None | "xla" | "pallas":
             chosen = _of_kernels(implementation)
-            in_kernel = implementation != "xla" and platform()
-            tile = KERNEL_TILE if in_kernel else LINEAR_TILE
+            in_kernel = platform() if implementation != "xla" else None
+            tile = KERNEL_TILES.get(in_kernel, LINEAR_TILE)
             try:
                 if rule.keeps_tokens:
                     window = rule.memory.window

@@ -113,4 +113,31 @@ def apply(matrix: jax.Array, x: jax.Array) -> jax.Array:
 
 def prefix_sum(selection: np.ndarray, x: jax.Array) -> jax.Array:
     """selection x for a constant 0/1 matrix, in full precision."""
-    return apply(jnp.asarray(selection, x.dtype), x)
+    if x.shape[1] == 1 or x.dtype != jnp.float32 or platform() != "tpu":
+        return apply(jnp.asarray(selection, x.dtype), x)
+    return _selected(x, selection)
+
+
+# There a product of float32 takes six of bfloat16; three parts of 8 bits make up all of
+# x, and 0 and 1 have one part.
+@jax.custom_vjp
+def _selected(x, selection):
+    mask = jnp.asarray(selection, jnp.bfloat16)
+    total = None
+    for _ in range(3):
+        part = x.astype(jnp.bfloat16)
+        x = x - part.astype(x.dtype)
+        product = _general(mask, part, (-1, -2), jnp.float32)
+        total = product if total is None else total + product
+    return total
+
+
+def _selected_forward(x, selection):
+    return _selected(x, selection), selection
+
+
+def _selected_backward(selection, d):
+    return _selected(d, selection.T), None
+
+
+_selected.defvjp(_selected_forward, _selected_backward)
