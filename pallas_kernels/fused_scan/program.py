@@ -8,7 +8,8 @@ Three functions of flat lists of arrays follow from one `step(carry, x, consts)`
 
 with cotangents for the leaves of a floating dtype only. The arrays that a step brings
 along (masks, triangular matrices) may not be captured by a kernel, so they become its
-first operands, `constants`. Calls inside are inlined.
+first operands, `constants`. Calls inside are inlined; loops of a fixed number of rounds
+stay, as `scan`s whose body captures and calls nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,12 +44,40 @@ class Function:
     def __call__(self, constants: Sequence, *operands: jax.Array) -> list[jax.Array]:
         return _evaluate(self.jaxpr, constants, [operands])[0]
 
-    def each(self, constants: Sequence, operands: Sequence[Sequence]) -> list[list]:
+    def each(
+        self,
+        constants: Sequence,
+        operands: Sequence[Sequence],
+        loop: Callable[["Loop", list[list]], list[list]],
+    ) -> list[list]:
         """Its results for several lists of operands, operation by operation.
 
-        What is written next to each other can overlap in the hardware.
+        What is written next to each other can overlap in the hardware. loop: how the
+        results of a loop follow from its inputs, each for all of the lists.
         """
-        return _evaluate(self.jaxpr, constants, operands)
+        return _evaluate(self.jaxpr, constants, operands, loop)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A `lax.scan`: inputs are consts, carry and xs, results carry and stacked ys."""
+
+    body: Function
+    length: int
+    reverse: bool
+    consts: int
+    carries: int
+
+    @staticmethod
+    def of(equation) -> "Loop":
+        params = equation.params
+        return Loop(
+            Function(params["jaxpr"].jaxpr, ()),
+            params["length"],
+            params["reverse"],
+            params["num_consts"],
+            params["num_carry"],
+        )
 
 
 @dataclass(frozen=True)
@@ -148,7 +177,7 @@ def _inline(jaxpr, constants, operands):
     return _evaluate(jaxpr, constants, [operands])[0]
 
 
-def _evaluate(jaxpr, constants, elements):
+def _evaluate(jaxpr, constants, elements, loop=None):
     shared = dict(zip(jaxpr.constvars, constants, strict=True))
     values = [shared | dict(zip(jaxpr.invars, e, strict=True)) for e in elements]
 
@@ -156,9 +185,13 @@ def _evaluate(jaxpr, constants, elements):
         return atom.val if isinstance(atom, core.Literal) else known[atom]
 
     for equation in jaxpr.eqns:
-        for known in values:
-            inputs = [read(known, atom) for atom in equation.invars]
-            known |= zip(equation.outvars, _apply(equation, inputs), strict=True)
+        inputs = [[read(known, atom) for atom in equation.invars] for known in values]
+        if loop and equation.primitive.name == "scan":
+            results = loop(Loop.of(equation), inputs)
+        else:
+            results = [_apply(equation, each) for each in inputs]
+        for known, each in zip(values, results, strict=True):
+            known |= zip(equation.outvars, each, strict=True)
 
     def result(known, atom):
         if not isinstance(atom, core.Literal):
@@ -173,9 +206,32 @@ def _evaluate(jaxpr, constants, elements):
 def _apply(equation, inputs):
     name = equation.primitive.name
     if name not in CALLS:
-        results = equation.primitive.bind(*inputs, **equation.params)
+        params = equation.params
+        if name == "scan":
+            captured, params = _closed(params)
+            inputs = [*captured, *inputs]
+        results = equation.primitive.bind(*inputs, **params)
         return results if equation.primitive.multiple_results else [results]
     called = equation.params[CALLS[name]]
     if isinstance(called, core.ClosedJaxpr):
         return _inline(called.jaxpr, called.consts, inputs)
     return _inline(called, (), inputs)
+
+
+def _closed(params):
+    """Of a scan: the arrays that its body captures, and it with them as its consts."""
+    body = params["jaxpr"]
+    inlined = jax.make_jaxpr(lambda *xs: _inline(body.jaxpr, body.consts, xs))
+    closed = inlined(*body.in_avals)
+    captured = len(closed.consts)
+
+    def given_all(*operands):
+        return jax.core.eval_jaxpr(
+            closed.jaxpr, operands[:captured], *operands[captured:]
+        )
+
+    avals = [Struct(c.shape, c.dtype) for c in closed.consts]
+    return closed.consts, params | {
+        "jaxpr": jax.make_jaxpr(given_all)(*avals, *body.in_avals),
+        "num_consts": params["num_consts"] + captured,
+    }

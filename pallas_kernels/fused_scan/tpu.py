@@ -9,7 +9,7 @@ the waits of one with the work of another.
 
 from collections.abc import Sequence
 from functools import partial
-from math import gcd, prod
+from math import gcd
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.fused_scan.autodiff import Operand
 from pallas_kernels.fused_scan.program import Program, Struct, floats
+from pallas_kernels.fused_scan.vmem import (
+    load,
+    loop,
+    loop_bytes,
+    padded,
+    store,
+    stored,
+    tile,
+    value,
+)
 
 GROUP = 8
 """Elements per grid step, where their number and the memory allow it."""
@@ -34,10 +44,10 @@ PARAMS = pltpu.CompilerParams(
 
 
 PRIMITIVES = frozenset(
-    "abs add add_any and broadcast_in_dim convert_element_type copy div dot_general eq "
-    "exp exp2 ge gt integer_pow iota is_finite le log log1p logistic lt max min mul ne "
-    "neg not or pow reduce_max reduce_min reduce_sum reshape rsqrt select_n sign "
-    "square sqrt squeeze stop_gradient sub tanh transpose".split()
+    "abs add add_any and atan2 broadcast_in_dim convert_element_type copy div "
+    "dot_general eq exp exp2 ge gt integer_pow iota is_finite le log log1p logistic lt "
+    "max min mul ne neg not or pow reduce_max reduce_min reduce_sum reshape rsqrt scan "
+    "select_n sign square sqrt squeeze stop_gradient sub tanh transpose".split()
 )
 """Operations of a step that Mosaic compiles."""
 
@@ -58,7 +68,8 @@ def objection(program: Program) -> str | None:
 def forward(program: Program, size, carry, xs, consts, *, every, interpret):
     """See `autodiff`."""
     chunks = xs[0].array.shape[1]
-    group = _group(size, [*carry, *xs, *consts], _bytes(program, 3 if every else 2))
+    needed = _bytes(program, [program.step], 3 if every else 2)
+    group = _group(size, [*carry, *xs, *consts], needed)
 
     def kernel(constants, starts, x, held, ends, ys, saved):
         chunk = pl.program_id(1)
@@ -66,28 +77,28 @@ def forward(program: Program, size, carry, xs, consts, *, every, interpret):
         @pl.when(chunk == 0)
         def _():
             for g in range(group):
-                _store(ends, g, _load(starts, program.carry, g))
+                store(ends, g, load(starts, program.carry, g))
 
         if every:
 
             @pl.when(jax.lax.rem(chunk, every) == 0)
             def _():
                 for g in range(group):
-                    _store(saved, g, _load(ends, program.carry, g))
+                    store(saved, g, load(ends, program.carry, g))
 
         shared = _load_constants(constants, program.step)
         given = [
             (
-                *_load(ends, program.carry, g),
-                *_load(x, program.x, g, 0),
-                *_load(held, program.consts, g),
+                *load(ends, program.carry, g),
+                *load(x, program.x, g, 0),
+                *load(held, program.consts, g),
             )
             for g in range(group)
         ]
-        for g, results in enumerate(program.step.each(shared, given)):
+        for g, results in enumerate(program.step.each(shared, given, loop)):
             after, y = _split(results, len(ends))
-            _store(ends, g, after)
-            _store(ys, g, y, 0)
+            store(ends, g, after)
+            store(ys, g, y, 0)
 
     operands = [
         _constants(program.step),
@@ -128,7 +139,9 @@ def backward(
     """See `autodiff`."""
     chunks = xs[0].array.shape[1]
     stretches = pl.cdiv(chunks, every)
-    group = _group(size, [*xs, *consts], _bytes(program, 3 + every, 2 * every))
+    functions = [program.advance, program.pull_back]
+    needed = _bytes(program, functions, 3 + every, 2 * every)
+    group = _group(size, [*xs, *consts], needed)
     d_carries, d_xs, d_consts = map(floats, (program.carry, program.x, program.consts))
     d_y = floats(program.y)
 
@@ -141,7 +154,7 @@ def backward(
         @pl.when(pl.program_id(1) == 0)
         def _():
             for g in range(group):
-                _store(d_starts, g, _load(d_ends, d_carries, g))
+                store(d_starts, g, load(d_ends, d_carries, g))
             for ref in d_held:
                 ref[...] = jnp.zeros_like(ref)
 
@@ -149,41 +162,43 @@ def backward(
             shared = _load_constants(advance, program.advance)
             given = [
                 (
-                    *_load(carries, program.carry, g, i),
-                    *_load(x, program.x, g, i),
-                    *_load(held, program.consts, g),
+                    *load(carries, program.carry, g, i),
+                    *load(x, program.x, g, i),
+                    *load(held, program.consts, g),
                 )
                 for g in range(group)
             ]
-            for g, after in enumerate(program.advance.each(shared, given)):
-                _store(carries, g, after, i + 1)
+            for g, after in enumerate(program.advance.each(shared, given, loop)):
+                store(carries, g, after, i + 1)
 
         def back(i):
             shared = _load_constants(pull_back, program.pull_back)
             start = (carries, i) if every > 1 else (saved,)
             given = [
                 (
-                    *_load(start[0], program.carry, g, *start[1:]),
-                    *_load(x, program.x, g, i),
-                    *_load(held, program.consts, g),
-                    *_load(d_starts, d_carries, g),
-                    *_load(d_ys, d_y, g, i),
+                    *load(start[0], program.carry, g, *start[1:]),
+                    *load(x, program.x, g, i),
+                    *load(held, program.consts, g),
+                    *load(d_starts, d_carries, g),
+                    *load(d_ys, d_y, g, i),
                 )
                 for g in range(group)
             ]
-            for g, results in enumerate(program.pull_back.each(shared, given)):
+            for g, results in enumerate(program.pull_back.each(shared, given, loop)):
                 parts = _split(results, len(d_starts), len(d_x))
-                _store(d_starts, g, parts[0])
-                _store(d_x, g, parts[1], i)
+                store(d_starts, g, parts[0])
+                store(d_x, g, parts[1], i)
                 for ref, part in zip(d_held, parts[2], strict=True):
                     ref[g] += part.reshape(ref.shape[1:]).astype(ref.dtype)
 
         if every == 1:
             back(0)
         else:
-            count = jnp.minimum(every, chunks - stretch * every)
+            count = every
+            if chunks % every:
+                count = jnp.minimum(every, chunks - stretch * every)
             for g in range(group):
-                _store(carries, g, _load(saved, program.carry, g), 0)
+                store(carries, g, load(saved, program.carry, g), 0)
             jax.lax.fori_loop(0, count - 1, forward_again, None)
             jax.lax.fori_loop(0, count, lambda i, _: back(count - 1 - i), None)
 
@@ -207,7 +222,7 @@ def backward(
         [_output(_accumulator(leaf), size, group) for leaf in d_consts],
     ]
     scratch = [
-        pltpu.VMEM((group, every, *_tile(leaf.shape)), _stored(leaf.dtype))
+        pltpu.VMEM((group, every, *tile(leaf.shape)), stored(leaf.dtype))
         for leaf in (program.carry if every > 1 else ())
     ]
     grid = (size // group, stretches)
@@ -221,19 +236,14 @@ def backward(
     )
 
 
-def _bytes(program: Program, carries: int, chunks: int = 1) -> int:
-    """Of the blocks of one element that hold so many carries and chunks, twice each."""
+def _bytes(program: Program, functions, carries: int, chunks: int = 1) -> int:
+    """On chip for one element: blocks of so many carries and chunks, twice each.
 
-    def size(leaves):
-        tiles = (_tile(leaf.shape) for leaf in leaves)
-        # Rows come in eights and lanes in 128.
-        return sum(
-            4 * prod(t[:-2]) * pl.cdiv(t[-2], 8) * 8 * pl.cdiv(t[-1], 128) * 128
-            for t in tiles
-        )
-
-    flow = size(program.x) + size(program.y)
-    return 2 * (carries * size(program.carry) + chunks * flow)
+    And what the loops of the functions that it runs through keep there.
+    """
+    flow = padded(program.x) + padded(program.y)
+    blocks = 2 * (carries * padded(program.carry) + chunks * flow)
+    return blocks + max(loop_bytes(function) for function in functions)
 
 
 def _group(size: int, operands: Sequence[Operand], element_bytes: int) -> int:
@@ -246,17 +256,6 @@ def _group(size: int, operands: Sequence[Operand], element_bytes: int) -> int:
     return group
 
 
-# Arrays as Mosaic takes them: two axes at the end that a block holds whole, no bools.
-
-
-def _tile(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (1,) * (2 - len(shape)) + tuple(shape)
-
-
-def _stored(dtype) -> jnp.dtype:
-    return jnp.dtype(jnp.int32) if dtype == jnp.bool_ else jnp.dtype(dtype)
-
-
 def _accumulator(leaf: Struct) -> Struct:
     return Struct(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
 
@@ -265,8 +264,8 @@ def _input(operand: Operand, size: int, group: int, along=None):
     """Array and block of an operand; along: chunks per block and which block."""
     array, repeat = operand
     lead = array.shape[: 1 if along is None else 2]
-    tail = _tile(array.shape[len(lead) :])
-    array = array.reshape(*lead, *tail).astype(_stored(array.dtype))
+    tail = tile(array.shape[len(lead) :])
+    array = array.reshape(*lead, *tail).astype(stored(array.dtype))
     block = group if repeat == 1 else 1
 
     def index(n, i):
@@ -281,7 +280,7 @@ def _input(operand: Operand, size: int, group: int, along=None):
 
 def _output(leaf: Struct, size: int, group: int, along=None):
     """Shape and block of a result; along: chunks, chunks per block, which block."""
-    tail = _tile(leaf.shape)
+    tail = tile(leaf.shape)
     chunks, per_block, which = along or (None, None, None)
     lead = (size,) if along is None else (size, chunks)
     chunk = () if along is None else (per_block,)
@@ -289,7 +288,7 @@ def _output(leaf: Struct, size: int, group: int, along=None):
     def index(n, i):
         return (n, *(() if along is None else (which(i),)), *(0 for _ in tail))
 
-    struct = Struct((*lead, *tail), _stored(leaf.dtype))
+    struct = Struct((*lead, *tail), stored(leaf.dtype))
     return struct, pl.BlockSpec((group, *chunk, *tail), index)
 
 
@@ -297,9 +296,9 @@ def _constants(function):
     """Arrays and blocks of what a traced function brings along."""
     inputs = []
     for constant in map(jnp.asarray, function.constants):
-        tail = _tile(constant.shape)
+        tail = tile(constant.shape)
         spec = pl.BlockSpec(tail, lambda n, i, tail=tail: (0,) * len(tail))
-        inputs.append((constant.reshape(tail).astype(_stored(constant.dtype)), spec))
+        inputs.append((constant.reshape(tail).astype(stored(constant.dtype)), spec))
     return inputs
 
 
@@ -330,31 +329,9 @@ def _shaped(arrays, leaves, *lead):
     ]
 
 
-# Inside the kernel.
-
-
-def _value(stored: jax.Array, leaf) -> jax.Array:
-    value = stored.reshape(leaf.shape)
-    return value != 0 if leaf.dtype == jnp.bool_ else value
-
-
-def _load(refs, leaves, element: int, *index):
-    """The leaves of one element (the only row where all share it), at a chunk."""
-    return [
-        _value(ref[(element if ref.shape[0] > 1 else 0, *index)], leaf)
-        for ref, leaf in zip(refs, leaves, strict=True)
-    ]
-
-
 def _load_constants(refs, function):
     pairs = zip(refs, function.constants, strict=True)
-    return [_value(ref[...], constant) for ref, constant in pairs]
-
-
-def _store(refs, element: int, values, *index):
-    for ref, value in zip(refs, values, strict=True):
-        at = (element, *index)
-        ref[at] = value.reshape(ref.shape[len(at) :]).astype(ref.dtype)
+    return [value(ref[...], constant) for ref, constant in pairs]
 
 
 def _split(values: Sequence, *sizes: int) -> list[list]:

@@ -116,6 +116,34 @@ def test_under_checkpoint_and_as_part_of_a_scan(kernel):
     assert max(found.values()) < TWICE[kernel], found
 
 
+def test_loops_inside_a_step():
+    """One that goes back through what another stacked, and one inside of it."""
+
+    def step(carry, x, consts):
+        def double(_, w):
+            return w * 0.5 + jnp.tanh(w)
+
+        def forward(carry, row):
+            w, count, odd = carry
+            w = jax.lax.fori_loop(0, 3, double, w) + row
+            w = jnp.where(odd, w, w * consts["scale"][None])
+            return (w, count + 1, ~odd), w * count
+
+        rows = x["values"][:, None]
+        start = (carry["w"], 0, jnp.zeros((1, 24), bool))
+        (w, count, _), seen = jax.lax.scan(forward, start, rows)
+        total, back = jax.lax.scan(
+            lambda c, row: (c + row, c * row), w, seen, reverse=True
+        )
+        return {"w": w / 8 + count}, back[:, 0] + total
+
+    case = kernels.Case(
+        "loops", step, {"w": (1, 24)}, {"values": (4, 24)}, {"scale": (24,)}
+    )
+    found = compare(case, "tpu", chunks=2)
+    assert max(found.values()) < 2e-6, found
+
+
 def test_on_a_simulated_tpu_no_race_and_no_read_before_a_write():
     """Its memory starts as NaN, and clocks order what DMAs and kernel touch."""
     simulated = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")

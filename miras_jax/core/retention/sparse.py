@@ -48,7 +48,7 @@ class ElasticNet(Gate):
     def shrink(self, z: jax.Array) -> jax.Array:
         """S(z), or its smooth surrogate."""
         if self.smooth:
-            return jnp.abs(z) * jnp.arctan(z / self.threshold) * (2 / jnp.pi)
+            return jnp.abs(z) * jnp.arctan2(z, self.threshold) * (2 / jnp.pi)
         return jnp.sign(z) * jnp.maximum(0, jnp.abs(z) - self.threshold)
 
     def weights(self, dual):
