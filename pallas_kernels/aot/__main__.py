@@ -17,11 +17,13 @@ Facts of compiled programs: nothing here was measured on a chip.
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 from importlib import import_module
+from pathlib import Path
 
 from pallas_kernels.aot import case as cases
 
@@ -38,6 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="module whose cases(variants, d, chunk) are compiled",
     )
     parser.add_argument("--variant", nargs="+", default=["all"])
+    parser.add_argument(
+        "--passes", nargs="+", choices=("forward", "both"), default=["forward", "both"]
+    )
+    parser.add_argument(
+        "--into", help="a file that rows are added to, but those that it has"
+    )
     parser.add_argument("--d", type=int, default=64, help="key and value channels")
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--no-xla", action="store_true", help="the kernels alone")
@@ -46,7 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     made = import_module(options.cases).cases
-    found = list(made(options.variant, options.d, options.chunk))
+    found = [
+        case
+        for case in made(options.variant, options.d, options.chunk)
+        if case.name.split()[-1] in options.passes
+    ]
     if options.platform == "gpu":
         from pallas_kernels.aot import gpu
 
@@ -64,8 +76,20 @@ def main(arguments: list[str] | None = None) -> int:
         command = [sys.executable, "-m", "pallas_kernels.aot", *arguments, "--xla"]
         answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         estimates = json.loads(answer.stdout.splitlines()[-1])
-    with tempfile.TemporaryDirectory() as dump:
-        return _table(found, options.chip, dump, estimates)
+    with contextlib.ExitStack() as stack:
+        if options.into:
+            path = Path(options.into)
+            rows = path.read_text().splitlines() if path.exists() else []
+            # Long runs can be cut and taken up again.
+            done = [row[: COLUMNS["variant"]].strip() for row in rows]
+            found = [case for case in found if case.name not in done]
+            stack.enter_context(contextlib.redirect_stdout(path.open("a")))
+            if not rows:
+                print("$ python -m pallas_kernels.aot", *arguments)
+        dump = stack.enter_context(tempfile.TemporaryDirectory())
+        return _table(
+            found, options.chip, dump, estimates, heading=not options.into or not rows
+        )
 
 
 def _estimates(found, chip) -> dict[str, float]:
@@ -99,23 +123,28 @@ def _print_row(*cells) -> None:
     print("".join(line), flush=True)
 
 
-def _table(found, chip, dump, estimates) -> int:
+def _table(found, chip, dump, estimates, heading) -> int:
     from pallas_kernels.aot import tpu
 
     tpu.prepare(dump)
-    print(f"# {chip}, per token and element; compile-time figures, not measurements")
-    _print_row(*COLUMNS)
+    if heading:
+        title = "per token and element; compile-time figures, not measurements"
+        print(f"# {chip}, {title}")
+        _print_row(*COLUMNS)
     failed = False
     for case in found:
         try:
-            schedules = tpu.schedules(dump, chip, case.kernel, *case.operands)
+            with tpu.target("tpu"):
+                work = cases.work(case.kernel, *case.operands)
+            schedules = tpu.schedules(
+                dump, chip, work.loops, case.kernel, *case.operands
+            )
         except Exception as error:  # whatever a compiler raises is the row's result
             failed = True
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            print(f"{case.name:<31} does not compile: {reason}", flush=True)
+            width = COLUMNS["variant"]
+            print(f"{case.name:<{width}} does not compile: {reason}", flush=True)
             continue
-        with tpu.target("tpu"):
-            work = cases.work(case.kernel, *case.operands)
         bundles = sum(s.bundles * work.steps[s.kernel] for s in schedules) / case.tokens
         longest = max(schedules, key=lambda s: s.bundles)
         floor = tpu.floor(chip, work)

@@ -25,6 +25,7 @@ class Work(NamedTuple):
     bytes: int  # into and out of kernels
     blocks: int  # bytes on chip of a kernel's operands and results, the most of any
     steps: dict[str, int]  # grid steps of each kernel, by name
+    loops: dict[str, list[int]]  # rounds of the loops in each, an outer one first
 
 
 def work(function: Callable, *operands: Any) -> Work:
@@ -37,6 +38,7 @@ def work(function: Callable, *operands: Any) -> Work:
         sum(_size(atom.aval) for k in kernels for atom in (*k.invars, *k.outvars)),
         max((_blocks(k) for k in kernels), default=0),
         {k.params["name"]: n for k, n in pairs},
+        {k.params["name"]: list(_loops(k.params["jaxpr"])) for k in kernels},
     )
 
 
@@ -50,7 +52,7 @@ def _kernels(jaxpr):
 
 
 def _multiply_adds(jaxpr) -> int:
-    """Of the products in a jaxpr; of loops, one round."""
+    """Of the products in a jaxpr; of loops whose rounds are data, one round."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -58,9 +60,19 @@ def _multiply_adds(jaxpr) -> int:
             left = equation.invars[0].aval.shape
             contracted = prod(left[axis] for axis in axes)
             total += contracted * prod(equation.outvars[0].aval.shape)
+        rounds = equation.params["length"] if equation.primitive.name == "scan" else 1
         for inner in core.jaxprs_in_params(equation.params):
-            total += _multiply_adds(inner)
+            total += rounds * _multiply_adds(inner)
     return total
+
+
+def _loops(jaxpr):
+    for equation in jaxpr.eqns:
+        # One round is no loop.
+        if equation.primitive.name == "scan" and equation.params["length"] > 1:
+            yield equation.params["length"]
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from _loops(inner)
 
 
 def _size(aval) -> int:

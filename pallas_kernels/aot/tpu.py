@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,14 +92,17 @@ class Schedule(NamedTuple):
 
 
 def schedules(
-    dump: str, chip: str, function: Callable, *operands: Any
+    dump: str, chip: str, loops: dict[str, list[int]], function: Callable, *operands
 ) -> list[Schedule]:
-    """Of every kernel in a function; `prepare(dump)` must have come first."""
+    """Of every kernel in a function; `prepare(dump)` must have come first.
+
+    loops: rounds of the loops inside each kernel, as `Work` has them.
+    """
     for path in Path(dump).iterdir():
         path.unlink()
     compile_for(chip, function, *operands)
     pattern = "*final_hlo-static-per-bundle-utilization.txt"
-    found = [_schedule(path) for path in sorted(Path(dump).glob(pattern))]
+    found = [_schedule(path, loops) for path in sorted(Path(dump).glob(pattern))]
     return [schedule for schedule in found if schedule]
 
 
@@ -121,7 +125,7 @@ def floor(chip: str, work: Work) -> Floor:
     )
 
 
-def _schedule(path: Path) -> Schedule | None:
+def _schedule(path: Path, loops: dict[str, list[int]]) -> Schedule | None:
     name = re.match(r"\d+-(\w+?)(\.\d+)?-", path.name)
     if name is None or not name[1].startswith("fused_scan"):
         return None
@@ -129,12 +133,43 @@ def _schedule(path: Path) -> Schedule | None:
     columns = [column.strip() for column in lines[1].split(",")]
     capacity = dict(zip(columns, map(int, lines[2].split()), strict=True))
     rows = [list(map(int, line.split())) for line in lines[4:] if line.strip()]
-    used = dict(zip(columns, map(sum, zip(*rows, strict=True)), strict=True))
+    times = [1] * len(rows)
+    if loops[name[1]]:
+        (code,) = path.parent.glob(f"*-{name[0].split('-', 1)[1]}*-final_bundles.txt")
+        times = _times(code.read_text(), loops[name[1]])
+    total = sum(times)
+    used = {
+        column: sum(n * count for n, count in zip(times, each, strict=True))
+        for column, each in zip(columns, zip(*rows, strict=True), strict=True)
+    }
     use = {
-        unit: max(used[c] / (capacity[c] * len(rows)) for c in parts)
+        unit: max(used[c] / (capacity[c] * total) for c in parts)
         for unit, parts in UNITS.items()
     }
-    return Schedule(name[1], len(rows), use, used["VSTORE:SPILL"])
+    return Schedule(name[1], total, use, used["VSTORE:SPILL"])
+
+
+def _times(code: str, loops: list[int]) -> list[int]:
+    """How often each bundle of a kernel runs in a step of its grid.
+
+    loops: rounds of the loops in the code, an outer one before those inside it.
+    """
+    rounds, depths, times, is_left = iter(loops), [], [], False
+    for line in code.splitlines():
+        bundle = re.match(r" *(?:0x\w+|0) +(\w\w)? *: (>*) ?\{", line)
+        if bundle is None:
+            continue
+        depth = len(bundle[2])
+        if is_left:
+            depths.pop()
+        # The outermost loop is the grid's.
+        if bundle[1] == "LB" and depth > 1:
+            depths.append(next(rounds))
+        times.append(prod(depths))
+        is_left = bool(depths) and "sbr.rel" in line
+    if depths or next(rounds, None) is not None:
+        raise ValueError(f"the code has not the loops {loops} of its kernel")
+    return times
 
 
 def estimated_cycles(hlo: str) -> int:

@@ -88,3 +88,22 @@ def test_the_estimate_multiplies_loops_by_their_rounds():
         return tpu.estimated_cycles(tpu.compile_for("v5e", run, operand).as_text())
 
     assert 8 < cycles(300) / cycles(30) < 12
+
+
+BUNDLES = """
+     0   :  { %s1 = inlined }
+   0x1 LB: > { %v1 = vld }
+   0x2   : > { %v2 = vadd }
+   0x3 LB: >> { %v3 = vld }
+   0x4 LB: >>> { %v4 = vmul }
+   0x5   : >>> { %5 = sbr.rel (!%p1) target = $region4 }
+   0x6   : >> { %6 = sbr.rel (!%p2) target = $region3 }
+   0x7   : > { %7 = sbr.rel (!%p0) target = $region2 }
+   0x8   :  { %v8 = vst }
+"""
+
+
+def test_bundles_of_loops_count_as_often_as_they_run():
+    assert tpu._times(BUNDLES, [3, 5]) == [1, 1, 1, 3, 15, 15, 3, 1, 1]
+    with pytest.raises(ValueError, match="loops"):
+        tpu._times(BUNDLES, [3, 5, 7])
