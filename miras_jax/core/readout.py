@@ -1,16 +1,19 @@
 """Point 4 of a block: what its tokens read, inside the chunk."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from miras_jax.core import causal, coefficients
+from miras_jax.core import coefficients
 from miras_jax.core.algorithm.muon import TINY_SQUARE
-from miras_jax.core.product import Dot
+from miras_jax.core.product import Dot, column
+from miras_jax.core.retention import Retention
 
 EXACT_READOUT_TOKENS = 8
-"""Tokens whose own weights are materialised at once by the exact readout."""
+"""Tokens at most from one matrix that a derivative remembers to the next."""
 
 
 def product_at(
@@ -52,66 +55,128 @@ def _provisional(dot, flow, momentum, stride, a, d, x):
 
 
 def exactly(
-    rule, params, anchor, state, queries, rates, inputs, cotangents, written, sums
+    dot,
+    rule,
+    params,
+    anchor,
+    state,
+    queries,
+    rates,
+    inputs,
+    cotangents,
+    strides,
+    written,
+    sums,
 ):
-    """Point 4, exact: W_t = weights(settle(A_c, A_t)), for a few tokens at a time."""
-    size, matrices = len(queries), len(state.dual)
-    group = min(EXACT_READOUT_TOKENS, size)
-    ones = jnp.ones((size, 1), queries.dtype)
-    sides, keeps = zip(*coefficients.keeps(rule, rates, matrices, queries), strict=True)
-    momentum = ones if rates.momentum is None else rates.momentum
-    written = ones if written is None else written
-    strides = ()
-    if rule.algorithm.strides:
-        strides = tuple(
-            s.kept for s in coefficients.strides(rule, rates, state, queries)
-        )
+    """Point 4, exact: W_t = weights(settle(A_c, A_t)), token by token.
+
+    A matrix at a time: it takes its steps while what its tokens ask of it is read, so
+    that no more than one of a token's own matrices exists. sums `[C, n]`: which pairs
+    make a token's step, where that is more than its own.
+    """
+    size = len(queries)
+    group = next(n for n in range(EXACT_READOUT_TOKENS, 0, -1) if size % n == 0)
+    # Those of a group, one after the other.
+    each_of_group = jnp.asarray(np.eye(group)[:, :, None], queries.dtype)
+    keeps = coefficients.keeps(rule, rates, len(state.dual), queries)
 
     def grouped(x):
-        x = jnp.pad(x, ((0, -size % group), (0, 0)))
         return x.reshape(-1, group, x.shape[1])
 
-    def read_group(carry, tokens):
-        duals, runnings = carry
-        queries, keeps, momentum, written, strides, pairs = tokens
-        after, running_after = [], []
-        for i in range(matrices):
+    def product(i, x):
+        side, keep = keeps[i]
+        stride = strides[i] if strides else None
+        view = View.of(rule, state.dual[i])
+        a, d = view.pair(inputs[i], cotangents[i])
+        start, momentum = map(view.turned, (state.dual[i], state.momentum[i : i + 1]))
+        before = view.turned(anchor[i])
+        rows = Rows(
+            x,
+            keep,
+            rates.momentum,
+            written,
+            stride and stride.kept,
+            (a, d) if sums is None else sums,
+        )
+
+        def read_token(rows, carry, one):
+            dual, running, total = carry
+            own = rows._replace(x=None, pairs=None)
+            own = jax.tree.map(partial(_row, one), own)
             if sums is None:
-                a, d = pairs[i]
-                step = -a[:, :, None] * d[:, None, :]
+                step = -dot.columns(one * rows.pairs[0], rows.pairs[1])
             else:
-                step = -jnp.einsum("ti,ik,iv->tkv", pairs, inputs[i], cotangents[i])
-            if runnings:
-                step = causal.affine_scan(momentum[:, None], step, runnings[i])
-                running_after.append(step)
-            keep = jnp.expand_dims(keeps[i], 2 if sides[i] == "in" else 1)
-            entering = 0 if rule.algorithm.settles else written[:, None]
-            after.append(causal.affine_scan(keep, entering * step, duals[i]))
-        strides = tuple(
-            jnp.expand_dims(s, 2 if side == "in" else 1)
-            for s, side in zip(strides, rule.sides(matrices), strict=False)
-        )
-        settled = jax.vmap(partial(rule.settled, anchor))(
-            tuple(after), tuple(running_after), strides
-        )
-        weights = [jax.vmap(rule.retention.weights)(a) for a in settled]
+                step = -dot.columns(column(_row(one, rows.pairs)) * a, d)
+            if running:
+                step = own.momentum * running[0] + step
+                running = (step,)
+            dual = view.factor(side, own.keep) * dual
+            if not rule.algorithm.settles:
+                dual = dual + (step if written is None else own.written * step)
+            sizes = (view.factor(stride.side, own.stride),) if stride else ()
+            (settled,) = rule.settled((before,), (dual,), running, sizes)
+            read = view.read(dot, one * rows.x, settled)
+            return (dual, running, total + read), None
 
-        def product(i, x):
-            return jnp.einsum("...i,...io->...o", x, weights[i])
+        def read_group(carry, rows):
+            total = jnp.zeros((group, state.dual[i].shape[1]), x.dtype)
+            body = jax.checkpoint(partial(read_token, rows), prevent_cse=False)
+            carry, _ = jax.lax.scan(body, (*carry, total), each_of_group)
+            return carry[:2], carry[2]
 
-        outputs = rule.memory.read(product, params, queries)
-        return (_last(after), _last(running_after)), outputs
+        body = jax.checkpoint(read_group, prevent_cse=False)
+        _, outputs = jax.lax.scan(body, (start, momentum), jax.tree.map(grouped, rows))
+        return outputs.reshape(size, -1)
 
-    # With a window all pairs are at hand, and which of them a token takes is its own.
-    pairs = tuple(zip(inputs, cotangents, strict=True)) if sums is None else sums
-    columns = (queries, keeps, momentum, written, strides, pairs)
-    _, outputs = jax.lax.scan(
-        jax.checkpoint(read_group),
-        (state.dual, state.momentum),
-        jax.tree.map(grouped, columns),
-    )
-    return outputs.reshape(-1, outputs.shape[-1])[:size]
+    return rule.memory.read(product, params, queries)
 
 
-def _last(stacked):
-    return tuple(x[-1] for x in stacked)
+class View(NamedTuple):
+    """How the matrices of tokens are laid out: as they are, or transposed.
+
+    A matrix with more inputs than outputs leaves lanes of a TPU idle that its transpose
+    fills.
+    """
+
+    gate: Retention
+    is_turned: bool
+
+    @staticmethod
+    def of(rule, dual) -> "View":
+        gate = rule.retention
+        plain = not rule.settles and dual.shape[0] > dual.shape[1]
+        if plain and gate.transposed is not None:
+            return View(gate.transposed, True)
+        return View(gate, False)
+
+    def turned(self, matrices):
+        return jax.tree.map(jnp.transpose, matrices) if self.is_turned else matrices
+
+    def pair(self, a, d):
+        return (d, a) if self.is_turned else (a, d)
+
+    def factor(self, side, rates):
+        """One token's rates as what multiplies a matrix whose axis they belong to."""
+        if side == "both":
+            return column(rates[0]) * rates[1]
+        return column(rates) if (side == "in") != self.is_turned else rates
+
+    def read(self, dot, x, dual):
+        product = partial(dot.rows if self.is_turned else dot, x)
+        return self.gate.read(product, dual, inputs=int(self.is_turned))
+
+
+class Rows(NamedTuple):
+    """What a token's own weights depend on, beside the state: a row for each."""
+
+    x: jax.Array
+    keep: jax.Array | tuple[jax.Array, jax.Array]
+    momentum: jax.Array | None
+    written: jax.Array | None
+    stride: jax.Array | None
+    pairs: tuple[jax.Array, jax.Array] | jax.Array
+
+
+def _row(one: jax.Array, x: jax.Array) -> jax.Array:
+    """The row of x that the mask `[C, 1]` shows: `[1, n]`."""
+    return jnp.sum(one * x, axis=0, keepdims=True)

@@ -1,5 +1,6 @@
 """What a retention gate is, and those whose weights are their dual: Keep, Decay."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -29,6 +30,13 @@ class Retention(Protocol):
     def scale(self, dual: jax.Array) -> jax.Array:
         """Frozen factor s of the linear readout W_s = K_s W_c + s U_s."""
 
+    def read(
+        self, product: Callable[[jax.Array], jax.Array], dual: jax.Array, inputs: int
+    ) -> jax.Array:
+        """x weights(dual) of a product(M) = x M, which sums over the axis `inputs`."""
+
+    transposed: "Retention | None"  # the same map of transposed matrices, if there is
+
     settles: bool  # whether settle does anything
 
     def settle(self, anchor: jax.Array, dual: jax.Array) -> jax.Array:
@@ -42,7 +50,11 @@ class Gate(Choice):
     rates = ("keep",)
     channelwise = True
     axis = "key"
+    transposed = None
     settles = False
+
+    def read(self, product, dual, inputs):
+        return product(self.weights(dual))
 
     def initial(self, weights):
         return weights

@@ -18,7 +18,7 @@ def q_norm(x: jax.Array, q: float) -> jax.Array:
     """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), keepdims=True))
     largest = jnp.where(largest > 0, largest, 1)
-    total = jnp.sum((jnp.abs(x) / largest) ** q, keepdims=True)
+    total = jnp.sum(jnp.abs(x * (1 / largest)) ** q, keepdims=True)
     return largest * jnp.where(total > 0, total, 1) ** (1 / q)
 
 
@@ -46,6 +46,17 @@ class Lq(Gate):
             )
         if self.q <= 1:
             raise UserError(f"retention.Lq needs q > 1; got q={self.q}.")
+
+    @property
+    def transposed(self):
+        return self
+
+    def read(self, product, dual, inputs):
+        # What divides is one number, and the product is smaller than the matrix.
+        power = dual
+        if self.form == "mirror":
+            power = jnp.sign(dual) * _power(dual, self.q - 1)
+        return product(power) / _power(q_norm(dual, self.q), self.q - 2)
 
     def weights(self, dual):
         direction = dual / q_norm(dual, self.q) ** (self.q - 2)
@@ -137,6 +148,10 @@ class Bregman(Gate):
     """
 
     link: Link = Sigmoid()
+
+    @property
+    def transposed(self):
+        return self
 
     def weights(self, dual):
         return self.link.weights(dual)

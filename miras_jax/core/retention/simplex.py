@@ -1,12 +1,13 @@
 """Gates that keep weights on a scaled simplex (Miras, section 5.2.1 and eq. 27)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from miras_jax.core.product import row
 from miras_jax.core.retention.gate import Gate
 from miras_jax.errors import UserError
 
@@ -53,6 +54,19 @@ class KL(Gate):
 
     def initial(self, weights):
         return self.spread * _logits(weights)
+
+    @property
+    def transposed(self):
+        return replace(self, axis=1 if self.axis == 0 else 0)
+
+    def read(self, product, dual, inputs):
+        if self.axis % 2 != inputs:
+            return product(self.weights(dual))
+        # What divides is one number per output unit.
+        highest = jnp.max(dual, axis=inputs, keepdims=True)
+        exponentials = jnp.exp(dual - jax.lax.stop_gradient(highest))
+        total = jnp.sum(exponentials, axis=inputs, keepdims=True)
+        return product(exponentials) * (self.mass / (row(total) if inputs else total))
 
     def weights(self, dual):
         return self.mass * jax.nn.softmax(dual, axis=self.axis)
