@@ -1,9 +1,10 @@
 """How a matrix evolves over a block: the decays of gates and algorithms, combined.
 
 `steps` says who counts for whom; here a gate's decay, and a running step on top of it,
-become the `Flow` of a matrix. Beside it the two solvers of linear recurrences.
+become the `Flow` of a matrix. Beside it the inverse that the delta rule needs.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -117,12 +118,14 @@ def momentum_flow(
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def unit_lower_inverse(lower: jax.Array, dot: Dot) -> jax.Array:
     """(I + N)^{-1} of a strictly lower triangular N `[C, C]`, by log2(C) block merges.
 
     If X inverts the diagonal blocks of size b, the blocks of size 2b are inverted by
     X - X N' X, with N' the part of N between the two halves of each: forward
-    substitution by blocks, as stable as it, in matrix products only.
+    substitution by blocks, as stable as it, in matrix products only. Its derivative
+    takes two products: X = (I + N)^{-1} has dX = -X dN X.
     """
     size = lower.shape[0]
     rows = np.arange(size)[:, None]
@@ -140,15 +143,15 @@ def unit_lower_inverse(lower: jax.Array, dot: Dot) -> jax.Array:
     return inverse
 
 
-def affine_scan(keep: jax.Array, step: jax.Array, start: jax.Array) -> jax.Array:
-    """All A_s = keep_s A_{s-1} + step_s at once, by `lax.associative_scan`.
+def _inverse_forward(lower, dot):
+    inverse = unit_lower_inverse(lower, dot)
+    return inverse, inverse
 
-    keep and step `[n, ...]` broadcast against each other; start `[...]`; `[n, ...]`.
-    """
-    keep = jnp.broadcast_to(keep, step.shape)
 
-    def combine(earlier, later):
-        return earlier[0] * later[0], later[0] * earlier[1] + later[1]
+def _inverse_backward(dot, inverse, d):
+    d = dot.columns(inverse, dot.rows(d, inverse))
+    below = jnp.asarray(np.tri(len(d), k=-1), d.dtype)
+    return (-below * d,)
 
-    kept, steps = jax.lax.associative_scan(combine, (keep, step))
-    return kept * start[None] + steps
+
+unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
