@@ -317,6 +317,9 @@ def _run_shifted(scan, rule, params, state, tokens, documents, size):
             place = jnp.arange(1, length + 1)
             last = jnp.max(jnp.where(documents.real, place, 0))
             position = jnp.where(last > 0, (shift + last) % size, position)
+        if not isinstance(position, int):
+            # Also where 64 bits are the default: a scan needs what it was given.
+            position = position.astype(jnp.int32)
     return outputs[:length], state._replace(position=position)
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from miras_jax.core.types import Choice, State
 from miras_jax.errors import UserError
 from miras_jax.nn.attention import Attention
+from miras_jax.nn.documents import locate
 from miras_jax.nn.layers import (
     Projection,
     param,
@@ -27,12 +28,8 @@ from pallas_kernels.attention import attend
 
 
 @dataclass(frozen=True, repr=False)
-class MAG(Choice):
-    """Memory as a gate: o = y * M(x), y a sliding window over x too (eq. 26 to 28).
-
-    The product is of outputs that are normalised with learned weights, the memory's
-    behind a sigmoid; which non-linearity is not stated.
-    """
+class _Pair(Choice):
+    """A memory and a sliding window; documents begin where the memory's chunks do."""
 
     memory: Miras
     attention: Attention
@@ -41,17 +38,32 @@ class MAG(Choice):
     def alignment(self) -> int:
         return self.memory.alignment
 
+
+class MAG(_Pair):
+    """Memory as a gate: o = y * M(x), y a sliding window over x too (eq. 26 to 28).
+
+    The product is of outputs that are normalised with learned weights, the memory's
+    behind a sigmoid; which non-linearity is not stated.
+    """
+
     def build(self, width: int, output_scale: float, rngs: nnx.Rngs):
-        return MAGLayer(self, width, output_scale, rngs)
+        return _PairLayer(self, width, 1.0, _Gate(width, output_scale), rngs)
 
 
-class MAGLayer(nnx.Module):
-    """Both branches side by side; their caches are a pair."""
+class MAL(_Pair):
+    """Memory as a layer: o = a sliding window over y = M(x) (eq. 29 to 31)."""
 
-    def __init__(self, config: MAG, width, output_scale, rngs):
+    def build(self, width: int, output_scale: float, rngs: nnx.Rngs):
+        return _PairLayer(self, width, output_scale, None, rngs)
+
+
+class _PairLayer(nnx.Module):
+    """Side by side before a gate, or one after the other; the caches are a pair."""
+
+    def __init__(self, config: _Pair, width, scale, gate: "_Gate | None", rngs):
         self.memory = config.memory.build(width, 1.0, rngs)
-        self.attention = config.attention.build(width, 1.0, rngs)
-        self.gate = _Gate(width, output_scale)
+        self.attention = config.attention.build(width, scale, rngs)
+        self.gate = nnx.data(gate)
 
     def start(self, batch: int, max_length: int, dtype: jnp.dtype) -> tuple[Any, Any]:
         parts = (self.memory, self.attention)
@@ -60,8 +72,10 @@ class MAGLayer(nnx.Module):
     def __call__(self, x, cache=None, segment_ids=None):
         past = (None, None) if cache is None else cache
         remembered, memory = self.memory(x, past[0], segment_ids)
-        y, attention = self.attention(x, past[1], segment_ids)
-        y = self.gate(y, remembered)
+        read = remembered if self.gate is None else x
+        y, attention = self.attention(read, past[1], segment_ids)
+        if self.gate is not None:
+            y = self.gate(y, remembered)
         return y, None if cache is None else (memory, attention)
 
 
@@ -76,39 +90,6 @@ class _Gate(nnx.Module):
     def __call__(self, y, z):
         of_y, of_z = self.scales[...]
         return rms_norm(y, of_y) * jax.nn.sigmoid(rms_norm(z, of_z))
-
-
-@dataclass(frozen=True, repr=False)
-class MAL(Choice):
-    """Memory as a layer: o = a sliding window over y = M(x) (eq. 29 to 31)."""
-
-    memory: Miras
-    attention: Attention
-
-    @property
-    def alignment(self) -> int:
-        return self.memory.alignment
-
-    def build(self, width: int, output_scale: float, rngs: nnx.Rngs):
-        return MALLayer(self, width, output_scale, rngs)
-
-
-class MALLayer(nnx.Module):
-    """One after the other; their caches are a pair."""
-
-    def __init__(self, config: MAL, width, output_scale, rngs):
-        self.memory = config.memory.build(width, 1.0, rngs)
-        self.attention = config.attention.build(width, output_scale, rngs)
-
-    def start(self, batch: int, max_length: int, dtype: jnp.dtype) -> tuple[Any, Any]:
-        parts = (self.memory, self.attention)
-        return tuple(part.start(batch, max_length, dtype) for part in parts)
-
-    def __call__(self, x, cache=None, segment_ids=None):
-        past = (None, None) if cache is None else cache
-        y, memory = self.memory(x, past[0], segment_ids)
-        y, attention = self.attention(y, past[1], segment_ids)
-        return y, None if cache is None else (memory, attention)
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,13 +126,15 @@ class MAC(Choice):
 
 
 class MACCache(NamedTuple):
-    """The memory now and before the segment, and the segment's keys and values."""
+    """The memory now and before the segment, and the segment's keys and values.
+
+    The place in the segment is that of the memory's last token, row by row.
+    """
 
     memory: MirasCache
     before: State  # leaves [B, G, ...]
     keys: jax.Array  # [B, 2 S, H, K], of h in front of those of the segment
     values: jax.Array  # [B, 2 S, H, K]
-    index: jax.Array  # [] place in the segment, of all rows
 
 
 class MACLayer(nnx.Module):
@@ -187,66 +170,83 @@ class MACLayer(nnx.Module):
         empty = jnp.zeros(
             (batch, 2 * self.config.segment, heads, width // heads), dtype
         )
-        return MACCache(memory, memory.memory, empty, empty, jnp.zeros((), jnp.int32))
+        return MACCache(memory, memory.memory, empty, empty)
 
     def __call__(self, x, cache=None, segment_ids=None):
+        size, (batch, length, _) = self.config.segment, x.shape
+        if cache is None:
+            start = self.start(batch, length, x.dtype)
+            return self._by_segment(start, x, segment_ids)[0], None
+        if length == 1:
+            return self._advance(cache, x, segment_ids)
+        if length % size:
+            return self._by_token(cache, x, segment_ids)
+        places = locate((batch, length), cache.memory.last, segment_ids)
+        off = (places.index - jnp.arange(length)[None]) % size != 0
         if segment_ids is not None:
-            raise UserError(
-                "MAC reads one document per row; use MAG, MAL or TNT for segment_ids, "
-                "or TextFiles(documents='joined')."
-            )
-        size, length = self.config.segment, x.shape[1]
-        if cache is not None and length == 1:
-            return self._advance(cache, x)
-        if cache is not None:
+            off &= places.documents.real
+        return jax.lax.cond(
+            jnp.any(off), self._by_token, self._by_segment, cache, x, segment_ids
+        )
 
-            def one(cache, token):
-                y, cache = self._advance(cache, token[:, None])
-                return cache, y[:, 0]
+    def _by_token(self, cache: MACCache, x: jax.Array, segment_ids: jax.Array | None):
+        """Wherever the segments of each row begin."""
+        return self._scan(cache, x, segment_ids, 1)
 
-            cache, y = jax.lax.scan(one, cache, jnp.moveaxis(x, 1, 0))
-            return jnp.moveaxis(y, 0, 1), cache
-        padded = jnp.pad(x, ((0, 0), (0, -length % size), (0, 0)))
-        segments = padded.reshape(len(x), -1, size, x.shape[2])
+    def _by_segment(self, cache: MACCache, x: jax.Array, segment_ids: jax.Array | None):
+        """Where those of all rows begin at multiples of their size."""
+        return self._scan(cache, x, segment_ids, self.config.segment)
+
+    def _scan(self, cache, x, segment_ids, size):
+        """`size` tokens at a time; those beyond the last are read as if they followed,
+        so that only outputs count then."""
+
+        def parts(t):
+            widths = ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (t.ndim - 2)
+            t = jnp.pad(t, widths)
+            return jnp.moveaxis(t.reshape(len(t), -1, size, *t.shape[2:]), 1, 0)
 
         @jax.checkpoint
-        def segment(cache, part):
-            y, cache = self._advance(cache, part)
+        def advance(cache, part):
+            y, cache = self._advance(cache, *part)
             return cache, y
 
-        start = self.start(len(x), length, x.dtype)
-        _, y = jax.lax.scan(segment, start, jnp.moveaxis(segments, 1, 0))
-        return jnp.moveaxis(y, 0, 1).reshape(padded.shape)[:, :length], None
+        cache, y = jax.lax.scan(advance, cache, jax.tree.map(parts, (x, segment_ids)))
+        y = jnp.moveaxis(y, 0, 1)
+        return y.reshape(len(x), -1, x.shape[2])[:, : x.shape[1]], cache
 
-    def _advance(self, cache: MACCache, x: jax.Array):
-        """Some tokens of one segment, from the place where the cache was left."""
+    def _advance(self, cache: MACCache, x: jax.Array, segment_ids=None):
+        """Tokens that lie in one segment of one document, in each row."""
         config, size = self.config, self.config.segment
         batch, length, _ = x.shape
-        first = cache.index == 0
-        before = jax.tree.map(
-            lambda now, old: jnp.where(first, now, old),
-            cache.memory.memory,
-            cache.before,
-        )
+        places = locate((batch, length), cache.memory.last, segment_ids)
+        place = places.index % size  # [B, L]
+        now, first = cache.memory.memory, place[:, 0] == 0
+        if segment_ids is not None:
+            real, starts = places.documents.real, places.documents.starts
+            fresh = self.memory.start(batch, length, x.dtype).memory
+            now = _rows(starts[:, 0], fresh, now)
+            first &= real[:, 0]
+        before = _rows(first, now, cache.before)
         h = self._recall(before, x)
-        places = cache.index + jnp.arange(length)
-        at = jnp.concatenate([places, size + places])
+        at = jnp.concatenate([place, size + place], 1)
         queries, keys, values = (
             split_heads(part, config.num_heads)
             for part in jnp.split(self.qkv(jnp.concatenate([h, x], 1)), 3, axis=-1)
         )
         channels = queries.shape[-1]
-        turned = jnp.broadcast_to(at, (batch, 2 * length))
-        queries, keys = (rotate(part, turned, channels) for part in (queries, keys))
-        keys = cache.keys.at[:, at].set(keys.astype(cache.keys.dtype))
-        values = cache.values.at[:, at].set(values.astype(cache.values.dtype))
-        seen = jnp.arange(2 * size)[None] % size <= places[:, None]
-        seen = jnp.broadcast_to(seen, (batch, length, 2 * size))
+        queries, keys = (rotate(part, at, channels) for part in (queries, keys))
+        if segment_ids is not None:
+            # Padding is written nowhere.
+            at = jnp.where(jnp.tile(real, (1, 2)), at, 2 * size)
+        at = (jnp.arange(batch)[:, None], at)
+        keys = cache.keys.at[at].set(keys.astype(cache.keys.dtype), mode="drop")
+        values = cache.values.at[at].set(values.astype(cache.values.dtype), mode="drop")
+        seen = jnp.arange(2 * size)[None, None] % size <= place[:, :, None]
         y = attend(queries[:, length:], keys, values, seen, self.persistent[...])
         y = self.output(y.reshape(x.shape))
-        remembered, memory = self.memory(y, cache.memory)
-        index = (cache.index + length) % size
-        return self.gate(y, remembered), MACCache(memory, before, keys, values, index)
+        remembered, memory = self.memory(y, cache.memory, segment_ids)
+        return self.gate(y, remembered), MACCache(memory, before, keys, values)
 
     def _recall(self, memory: State, x: jax.Array) -> jax.Array:
         """h = M(x W_Q), `[B, L, D]`."""
@@ -257,3 +257,12 @@ class MACLayer(nnx.Module):
         recall = jax.vmap(recall, (None, 0, 0))
         h = recall(layer.memory_params, memory, queries)
         return self.recalled(rms_norm(h).reshape(*x.shape[:2], -1))
+
+
+def _rows(condition: jax.Array, yes: State, no: State) -> State:
+    """yes in the rows `[B]` where the condition holds."""
+    return jax.tree.map(
+        lambda y, n: jnp.where(jnp.expand_dims(condition, range(1, n.ndim)), y, n),
+        yes,
+        no,
+    )

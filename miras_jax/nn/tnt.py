@@ -28,8 +28,6 @@ class TNT(Choice):
     parallel; its queries are projected on the keys of the shard so far. Every memory
     has projections, rates and an output of its own here, and the convolution of a local
     one begins anew, too.
-
-    Decoding continues prompts that are padded on the left, not on the right.
     """
 
     memory: Miras
@@ -62,6 +60,7 @@ class TNTCache(NamedTuple):
     memory: Any
     local: tuple[Any, ...]
     last: Last
+    shard: jax.Array  # [B] id of the last one: 1 and 2 in turn, 0 before the first
 
 
 class TNTLayer(nnx.Module):
@@ -78,6 +77,7 @@ class TNTLayer(nnx.Module):
             self.memory.start(batch, max_length, dtype),
             tuple(layer.start(batch, max_length, dtype) for layer in self.local),
             beginning(batch),
+            jnp.zeros(batch, jnp.int32),
         )
 
     def __call__(self, x, cache=None, segment_ids=None):
@@ -88,25 +88,26 @@ class TNTLayer(nnx.Module):
             if segment_ids is None and length % shard == 0:
                 shards = x.reshape(-1, shard, width)
                 return y + self._sum(shards).reshape(x.shape), None
-            last = beginning(batch)
+            last, before = beginning(batch), jnp.zeros(batch, jnp.int32)
         else:
             y, memory = self.memory(x, cache.memory, segment_ids)
-            last = cache.last
+            last, before = cache.last, cache.shard
         places = locate((batch, length), last, segment_ids)
-        document = (
-            jnp.ones((batch, 1), jnp.int32) if segment_ids is None else segment_ids
-        )
-        # Neighbouring shards of a document differ, and so do documents.
-        ids = 2 * document + (places.index // shard) % 2
-        ids = jnp.where(document == 0, 0, ids)
+        starts = places.index % shard == 0
+        real = jnp.ones_like(starts) if segment_ids is None else segment_ids != 0
+        # To the local memories a shard is a document: neighbours differ in their ids.
+        count = before[:, None] + jnp.cumsum(starts & real, axis=1, dtype=jnp.int32)
+        ids = jnp.where(real, 2 - count % 2, 0)
         if cache is None:
             return y + self._sum(x, ids), None
         after = []
+        now = jnp.where(count[:, -1] > 0, 2 - count[:, -1] % 2, 0)
         for layer, past in zip(self.local, cache.local, strict=True):
             part, past = layer(x, past, ids)
             y = y + part
-            after.append(past)
-        return y, TNTCache(memory, tuple(after), places.last)
+            # Padding does not end a shard.
+            after.append(past._replace(last=past.last._replace(segment=now)))
+        return y, TNTCache(memory, tuple(after), places.last, now)
 
     def _sum(self, x, segment_ids=None):
         return sum(layer(x, None, segment_ids)[0] for layer in self.local)

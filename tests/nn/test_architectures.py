@@ -52,7 +52,7 @@ def program(name):
 def test_decoding_gives_the_logits_of_the_whole(name):
     params, tokens = shaken(program(name).initial), nn.token_ids()
     whole = program(name).logits(params, tokens)
-    in_parts, _ = program(name).decode(params, tokens, (11, *[1] * 12))
+    in_parts, _ = program(name).decode(params, tokens, (16, *[1] * 7))
     assert error(in_parts, whole) < 1e-4
 
 
@@ -68,22 +68,34 @@ def test_tokens_see_their_past_and_not_their_future(name):
     np.testing.assert_array_equal(differs, np.arange(LENGTH) >= 9)
 
 
-@pytest.mark.parametrize("name", ["mag", "mal", "tnt"])
-def test_packed_documents_are_read_as_separate_ones(name):
-    params = shaken(program(name).initial)
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (1, 48))
-    places, ids = (slice(0, 21), slice(32, 47)), np.zeros((1, 48), np.int32)
-    for number, place in enumerate(places):
-        ids[:, place] = number + 1
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["mac", "tnt"])
+def test_a_padded_batch_is_continued_like_its_rows(name, side):
+    """Prompts that end inside of segments and shards, and segments that differ."""
+    params, size = shaken(program(name).initial), 16
+    whole = nn.token_ids()
+    tokens, segment_ids = np.zeros((2, 2, size), int)
+    lengths = (2, 11)
+    for row, n in enumerate(lengths):
+        place = slice(size - n, size) if side == "left" else slice(n)
+        tokens[row, place], segment_ids[row, place] = whole[row, :n], 1
+    read = padded_reader(name)
+    padded, cache = read(params, tokens, program(name).start(params), segment_ids)
+    outputs = []
+    for t in range(9):
+        part = np.stack([whole[row, n + t, None] for row, n in enumerate(lengths)])
+        output, cache = program(name).read_on(params, part, cache)
+        outputs.append(output)
+    expected = program(name).logits(params, whole)
+    for row, n in enumerate(lengths):
+        assert error(padded[row][segment_ids[row] == 1], expected[row, :n]) < 1e-4
+        after = np.concatenate(outputs, axis=1)[row]
+        assert error(after, expected[row, n : n + 9]) < 1e-4
 
-    @jit
-    def read(params, tokens, ids):
-        return program(name).model(params)(tokens, None, ids)[0]
 
-    packed = read(params, tokens, ids)
-    for place in places:
-        alone = program(name).logits(params, tokens[:, place])
-        assert error(packed[:, place], alone) < 1e-4
+@cache
+def padded_reader(name):
+    return jit(lambda p, tokens, cache, ids: program(name).model(p)(tokens, cache, ids))
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -141,10 +153,6 @@ def test_persistent_pairs_are_seen_by_every_token():
 
 
 def test_architectures_refuse_what_they_cannot_do():
-    mac = MIXERS["mac"].build(WIDTH, 1.0, nnx.Rngs(0))
-    x = jnp.zeros((1, 8, WIDTH))
-    with pytest.raises(UserError, match="MAC reads one document"):
-        mac(x, None, jnp.ones((1, 8), jnp.int32))
     with pytest.raises(UserError, match="multiple of the chunks"):
         MAC(MEMORY, segment=6)
     with pytest.raises(UserError, match="shard=12"):
