@@ -110,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--windows", type=int, metavar="N", help="only so many, evenly spread (all)"
     )
+    evaluate.add_argument(
+        "--consecutive",
+        action="store_true",
+        default=None,
+        help="read on from window to window, as training did only if its file says so",
+    )
     inspect = command(
         "inspect", _inspect, "Show what the memories of a run make of a text."
     )
@@ -221,7 +227,8 @@ def _evaluate(arguments, argv: Sequence[str]) -> int:
     if arguments.windows is not None and arguments.windows < 1:
         raise UserError(f"--windows is {arguments.windows}; evaluate at least 1")
     run = Run.open(arguments.workdir)
-    print(report.evaluation(run, run.restore("best"), arguments.windows))
+    restored = run.restore("best")
+    print(report.evaluation(run, restored, arguments.windows, arguments.consecutive))
     return 0
 
 

@@ -56,19 +56,28 @@ def _exp(x: float) -> float:
 
 
 def by_position(totals: Totals) -> np.ndarray:
-    """Nats per token `[L]`; entry i is of the token after i + 1 tokens of context."""
-    # Only a text shorter than one window leaves positions without a token.
-    seen = totals.counts > 0
-    return totals.losses[seen] / totals.counts[seen]
+    """Nats per token `[L]`; entry i is of the token after i + 1 tokens of context.
+
+    NaN where no row has a token, as between documents.
+    """
+    length = _reached(totals)
+    losses, counts = totals.losses[:length], totals.counts[:length]
+    return np.divide(losses, counts, out=np.full(length, np.nan), where=counts > 0)
 
 
 def spans(totals: Totals) -> list[Span]:
     """The loss by position in parts that double: 1, 2, 3-4, 5-8, ..."""
-    length = int(np.count_nonzero(totals.counts))
+    length = _reached(totals)
     result, end = [], 0
     while end < length:
         start, end = end, min(max(1, 2 * end), length)
         part = slice(start, end)
-        loss = totals.losses[part].sum() / totals.counts[part].sum()
-        result.append(Span(start + 1, end, float(loss)))
+        if count := totals.counts[part].sum():
+            loss = totals.losses[part].sum() / count
+            result.append(Span(start + 1, end, float(loss)))
     return result
+
+
+def _reached(totals: Totals) -> int:
+    """Positions up to the last with a token: all, but of a text that is too short."""
+    return int(np.flatnonzero(totals.counts)[-1]) + 1

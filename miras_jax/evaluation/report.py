@@ -17,9 +17,19 @@ SAMPLE_TOKENS = 80
 PROMPT_WORDS = 6
 
 
-def evaluation(run: Run, restored: Restored, windows: int | None) -> str:
-    """Evaluate, write the plot by position; the tables that say what came out."""
-    totals = run.evaluate(restored.state.parameters, windows=windows)
+def evaluation(
+    run: Run,
+    restored: Restored,
+    windows: int | None,
+    consecutive: bool | None = None,
+) -> str:
+    """Evaluate, write the plot by position; the tables that say what came out.
+
+    consecutive: read each row on from window to window; None: as in training.
+    """
+    totals = run.evaluate(
+        restored.state.parameters, windows=windows, consecutive=consecutive
+    )
     quality = perplexity.quality(totals, run.prepared)
     plot = plot_positions(run, totals)
     return "\n".join(
@@ -78,13 +88,17 @@ def summary(run: Run, restored: Restored, program: str = "miras") -> str:
 def heading(run: Run, restored: Restored, totals: Totals) -> str:
     """What was evaluated, in one line."""
     length = run.prepared.context_length
+    what = f"{run.workdir}: best checkpoint, step {restored.step:,}, on"
+    if len(totals.losses) > length:
+        rows = int(totals.counts.max())
+        return (
+            f"{what} {int(totals.counts.sum()):,} held-out tokens, read on from window "
+            f"to window of {length:,} in {rows:,} rows"
+        )
     of = -(-(len(run.prepared.heldout) - 1) // length)
     evaluated = int(totals.counts[0])
     windows = f"all {of:,}" if evaluated == of else f"{evaluated:,} of {of:,}"
-    return (
-        f"{run.workdir}: best checkpoint, step {restored.step:,}, on {windows} "
-        f"held-out windows of {length:,} tokens"
-    )
+    return f"{what} {windows} held-out windows of {length:,} tokens"
 
 
 def quality_table(

@@ -47,19 +47,25 @@ class Attention(Choice):
     def build(self, width: int, output_scale: float, rngs: nnx.Rngs):
         return AttentionLayer(self, width, output_scale, rngs)
 
-    def implementation(self, width: int, length: int, dtype, packed: bool) -> str:
+    def implementation(
+        self, width: int, length: int, dtype, packed: bool, carried: bool = False
+    ) -> str:
         """What texts of this length are read by: of `pallas_kernels.attention`.
 
-        On the platform that is traced for, without a cache; packed: with segment ids.
+        On the platform that is traced for; packed: with segment ids; carried: on from
+        a cache of as many tokens as the text or the window has.
         """
         shape = (1, length, self.num_heads, width // self.num_heads)
         queries = jax.ShapeDtypeStruct(shape, dtype)
-        shape = (1, length, self.kv_heads, width // self.num_heads)
+        seen = length + carried * (self.window or length)
+        shape = (1, seen, self.kv_heads, width // self.num_heads)
         pairs = [jax.ShapeDtypeStruct(shape, dtype)] * 2
         return implementation_of(
             queries,
             *pairs,
-            segments=jax.ShapeDtypeStruct((1, length), jnp.int32) if packed else None,
+            segments=jax.ShapeDtypeStruct((1, seen), jnp.int32)
+            if packed or carried
+            else None,
             window=self.window,
             always=tuple(pairs) if self.persistent else None,
         )

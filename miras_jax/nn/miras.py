@@ -143,7 +143,7 @@ class Miras(Choice):
 class MirasCache(NamedTuple):
     """What decoding needs: constant in size, whatever the length read."""
 
-    convolution: jax.Array  # [B, 3, channels of what the memories read]
+    convolution: jax.Array | None  # [B, 3, channels of what the memories read]
     memory: State  # every leaf [B, G, ...], G memories
     last: Last
 
@@ -247,12 +247,12 @@ class MirasLayer(nnx.Module):
 
     def _no_window(self, batch, dtype):
         if self.convolution is None:
-            return jnp.zeros((batch, 0), dtype)
+            return None
         return self.convolution.start(batch, dtype)
 
     def tokens(
-        self, x: jax.Array, window: jax.Array, places: Places
-    ) -> tuple[Tokens, jax.Array]:
+        self, x: jax.Array, window: jax.Array | None, places: Places
+    ) -> tuple[Tokens, jax.Array | None]:
         """What the memories read of `[B, L, D]`, every leaf `[B, G, L, ...]`.
 
         Queries are `[B, H, L, K]`, those of one memory next to each other; where

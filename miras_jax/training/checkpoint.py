@@ -145,7 +145,7 @@ class Checkpoints:
                 "another --workdir"
             )
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.StandardSave(_present(state)),
             data=ocp.args.JsonSave(_as_json(data)),
             config=ocp.args.JsonSave(_as_json(config)),
         )
@@ -250,8 +250,12 @@ class Checkpoints:
         self._refuse(difference, "is of another model")
         state = self._manager.restore(
             chosen,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(_present(abstract_state))
+            ),
         ).state
+        if hasattr(abstract_state, "_replace"):
+            state = abstract_state._replace(**state)
         # A random key is stored as integers and comes back as the kind that was saved.
         difference = first_difference(_describe(state), _describe(abstract_state))
         self._refuse(difference, "is of another model")
@@ -350,6 +354,15 @@ def _prepare(directory: Path) -> None:
 def _as_json(value: Any) -> Any:
     """A copy as it will be read back: tuples become lists."""
     return json.loads(json.dumps(value))
+
+
+def _present(state: Any) -> Any:
+    """A NamedTuple as the dict that orbax makes of it, less the parts that are None:
+    orbax would store these, and not find them in a step that was saved before they were
+    a part."""
+    if not hasattr(state, "_asdict"):
+        return state
+    return {name: part for name, part in state._asdict().items() if part is not None}
 
 
 def _stored_form(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

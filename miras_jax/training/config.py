@@ -7,6 +7,7 @@ expect. Variations are `dataclasses.replace`, sweeps list comprehensions.
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from miras_jax.core.types import Choice
 from miras_jax.errors import UserError
@@ -51,7 +52,13 @@ class Mesh(Choice):
 
 @dataclass(frozen=True, repr=False)
 class Experiment(Choice):
-    """All that a run depends on. Intervals are in steps; batch_size is in sequences."""
+    """All that a run depends on. Intervals are in steps; batch_size is in sequences.
+
+    windows: "shuffled" reads each from the model's start, in any order; "consecutive"
+    lets each row of the batch walk through the text from window to window and carries
+    the model's state along: backpropagation through time, truncated at the window's
+    edge (docs/sequences.md).
+    """
 
     model: Model
     data: TextFiles
@@ -64,6 +71,7 @@ class Experiment(Choice):
     checkpoint_every: int = 100
     guard: Guard = Guard()
     mesh: Mesh = Mesh()
+    windows: Literal["shuffled", "consecutive"] = "shuffled"
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "evaluate_every", "checkpoint_every"):
@@ -71,12 +79,20 @@ class Experiment(Choice):
                 raise UserError(
                     f"Experiment.{name} must be at least 1; got {getattr(self, name)}"
                 )
-        alignment, length = self.model.alignment, self.data.context_length
-        if self.data.documents == "packed" and length % alignment:
+        if self.windows not in ("shuffled", "consecutive"):
             raise UserError(
-                f"Packed documents begin at multiples of {alignment} tokens, as the "
-                f"mixers' chunks do; context_length={length} is none. Use "
-                f"{-(-length // alignment) * alignment}, or documents='joined'"
+                "Experiment.windows is 'shuffled' or 'consecutive'; got "
+                f"{self.windows!r}"
+            )
+        alignment, length = self.model.alignment, self.data.context_length
+        packed = self.data.documents == "packed"
+        if length % alignment and (packed or self.windows == "consecutive"):
+            raise UserError(
+                f"{'Packed documents' if packed else 'Consecutive windows'} begin at "
+                f"multiples of {alignment} tokens, as the mixers' chunks do; "
+                f"context_length={length} is none. Use "
+                f"{-(-length // alignment) * alignment}, or documents='joined' and "
+                "windows='shuffled'"
             )
 
 

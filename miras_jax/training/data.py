@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,6 +24,7 @@ from miras_jax.errors import UserError
 from miras_jax.training import tokenizer as tokenizers
 from miras_jax.training.packing import PackedWindows
 from miras_jax.training.tokenizer import BPE, Bytes, Tokenizer
+from miras_jax.training.windows import Walks, Windows, heldout_plan
 
 if TYPE_CHECKING:
     import grain
@@ -95,23 +96,6 @@ class Prepared:
         return PackedWindows(
             tokens, self.context_length, alignment, self.tokenizer.end_of_text
         )
-
-
-class Windows:
-    """Random access to the full windows of `tokens`, int32 `[context_length + 1]`."""
-
-    def __init__(self, tokens: np.ndarray, context_length: int):
-        self._tokens = tokens
-        self._context_length = context_length
-
-    def __len__(self) -> int:
-        return (len(self._tokens) - 1) // self._context_length
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        start = index * self._context_length
-        return self._tokens[start : start + self._context_length + 1].astype(np.int32)
 
 
 def prepare(config: TextFiles, directory: str | Path) -> Prepared:
@@ -194,8 +178,13 @@ def train_batches(
     alignment: int = 1,
     shard_index: int = 0,
     shard_count: int = 1,
+    walking: Sequence[int] | None = None,
 ) -> "grain.experimental.ElasticIterator":
     """Iterate without end over shuffled windows, in a new order each epoch.
+
+    walking: the rows of the global batch that this shard reads, if windows are to be
+    consecutive along each row (see `Walks`); those come with segment ids always, and
+    `seed` has no part in their order.
 
     `batch_size` is the global batch; each step yields int32
     `[batch_size / shard_count, context_length + 1]`, rows `shard_index::shard_count` of
@@ -217,8 +206,12 @@ def train_batches(
             f"windows of {prepared.context_length} tokens; lower batch_size or "
             "context_length, or add text"
         )
+    if walking is None:
+        order = grain.MapDataset.source(windows).seed(seed).shuffle()
+    else:
+        order = grain.MapDataset.source(Walks(windows, batch_size, walking))
     return grain.experimental.ElasticIterator(
-        grain.MapDataset.source(windows).seed(seed).shuffle().repeat(),
+        order.repeat(),
         batch_size,
         grain.sharding.ShardOptions(shard_index, shard_count),
         # The buffer counts whole batches; grain's default of 500 can exhaust memory.
@@ -234,14 +227,18 @@ def heldout_batches(
     shard_index: int = 0,
     shard_count: int = 1,
     limit: int | None = None,
+    consecutive: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Iterate once, in order, over the held-out windows.
+    """Iterate once over the held-out windows.
 
-    Yields tokens int32 `[rows, context_length + 1]` (of packed documents with segment
-    ids, as in training) and the weights of the predicted tokens, float32 `[rows,
-    context_length]`, with `rows = batch_size / shard_count`.
-    All shapes are equal and all shards yield equally often: what is missing in the last
-    batch has weight 0. `limit` reads at most that many windows, spread evenly.
+    Yields tokens int32 `[rows, context_length + 1]` (of packed documents and of
+    consecutive windows with segment ids, as in training) and the weights of the
+    predicted tokens, float32 `[rows, context_length]`, with `rows = batch_size /
+    shard_count`. All shapes are equal and all shards yield equally often: what a row is
+    missing has weight 0. `limit` reads at most that many windows, spread evenly.
+
+    consecutive: each row reads its share of the windows in order, where otherwise the
+    rows of one batch after another do.
 
     UserError: `batch_size` does not fit the shards, or `limit` is below 1.
     """
@@ -253,24 +250,25 @@ def heldout_batches(
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} leaves no held-out window; use at least 1")
     kept = count if limit is None else min(limit, count)
-    chosen = np.arange(kept) * count // kept
+    plan = heldout_plan(count, kept, batch_size, consecutive=consecutive)
 
     def batches():
-        for first in range(0, kept, batch_size):
-            shape = (rows, 2, length + 1) if packed else (rows, length + 1)
-            tokens = np.zeros(shape, np.int32)
+        for step in plan:
+            tokens = np.zeros((rows, 2, length + 1), np.int32)
             weights = np.zeros((rows, length), np.float32)
-            batch = chosen[first : first + batch_size]
-            for row, window in enumerate(batch[shard_index::shard_count]):
+            for row, window in enumerate(step[shard_index::shard_count]):
+                if window < 0:
+                    continue
                 if packed:
                     tokens[row] = windows[window]
                     weights[row] = windows.weights(tokens[row])
                     continue
                 start = window * length
                 ids = prepared.heldout[start : start + length + 1]
-                tokens[row, : len(ids)] = ids
+                tokens[row, 0, : len(ids)] = ids
+                tokens[row, 1, : len(ids)] = 1
                 weights[row, : len(ids) - 1] = 1
-            yield tokens, weights
+            yield tokens if packed or consecutive else tokens[:, 0], weights
 
     return batches()
 

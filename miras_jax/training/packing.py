@@ -31,6 +31,7 @@ class PackedWindows:
         self._bounds = np.append(starts, len(tokens)).astype(np.int64)
         room = -(-np.diff(self._bounds) // alignment) * alignment
         self._places = np.append(0, np.cumsum(room))
+        self.documents = len(starts)
 
     def __len__(self) -> int:
         return -(-int(self._places[-1]) // self._context_length)

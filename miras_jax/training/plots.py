@@ -80,10 +80,11 @@ def plot_by_position(
     """Draw the loss by position in the context, one curve per model.
 
     `curves[name][i]` is the mean loss in nats of the token with `i + 1` tokens before
-    it in the context, `[L]`; lengths may differ. The position axis is logarithmic, and
-    the strong line is the mean over each of its small equal parts: an eighth of an
-    octave, or half of one with more than three curves, which are then named beside the
-    plot, highest end first. Writes a PNG of 800 x 500 pixels to `path` and returns it.
+    it in the context, `[L]`, NaN for none; lengths may differ. The position axis is
+    logarithmic, and the strong line is the mean over each of its small equal parts: an
+    eighth of an octave, or half of one with more than three curves, which are then
+    named beside the plot, highest end first. Writes a PNG of 800 x 500 pixels to `path`
+    and returns it.
     """
     if not curves:
         raise UserError("there is no curve to plot: give at least one model's losses")
@@ -97,7 +98,8 @@ def plot_by_position(
                 f"the losses of {name!r} have shape {list(curve.shape)}: "
                 "give one loss per position"
             )
-        position = np.arange(1, curve.size + 1)
+        position = np.arange(1, curve.size + 1)[~np.isnan(curve)]
+        curve = curve[~np.isnan(curve)]
         if few:
             axes.plot(
                 position, curve, color=colour, alpha=0.15, linewidth=0.8, zorder=1

@@ -25,12 +25,15 @@ from miras_jax.nn.functional import FunctionalModel
 from miras_jax.training import data, serial, sharding, step
 from miras_jax.training.checkpoint import Checkpoints, Restored
 from miras_jax.training.config import Experiment, Mesh
-from miras_jax.training.step import TrainState
+from miras_jax.training.step import TrainState, Walk
 from miras_jax.training.tokenizer import Tokenizer
 
 
 class Totals(NamedTuple):
-    """Held-out sums per position in the window, over all windows."""
+    """Held-out sums per position in the window, over all windows.
+
+    Where windows are consecutive, per position in all that a row reads.
+    """
 
     losses: np.ndarray  # [L], nats
     counts: np.ndarray  # [L], tokens
@@ -99,9 +102,33 @@ class Run:
         """Which part of every batch this process reads, of how many."""
         return sharding.data_part(self.mesh.devices, jax.process_index())
 
+    @property
+    def row_parts(self) -> int:
+        """In how many parts the mesh splits a batch."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @cached_property
+    def rows_here(self) -> np.ndarray:
+        """The rows of a batch that lie on devices of this process, in order."""
+        shape = (self.experiment.batch_size,)
+        held = self.batch_sharding.addressable_devices_indices_map(shape).values()
+        return np.unique(np.concatenate([np.arange(*shape)[rows] for rows in held]))
+
+    @cached_property
+    def walk(self) -> Walk | None:
+        """Of consecutive windows."""
+        if self.experiment.windows == "shuffled":
+            return None
+        return Walk(self.experiment.batch_size, self.experiment.data.context_length)
+
     @cached_property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, P())
+
+    @cached_property
+    def carry_sharding(self) -> NamedSharding:
+        """Rows as in a batch; they are the second axis of every leaf."""
+        return NamedSharding(self.mesh, P(None, *sharding.BATCH))
 
     @cached_property
     def parameter_shardings(self) -> dict[str, NamedSharding]:
@@ -115,7 +142,7 @@ class Run:
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the train state."""
-        init = partial(step.init_state, self.model, self.optimizer)
+        init = partial(step.init_state, self.model, self.optimizer, self.walk)
         shapes = jax.eval_shape(init, jax.random.key(0))
         everywhere = jax.tree.map(lambda _: self.replicated, shapes)
         moments = optax.tree_map_params(
@@ -125,8 +152,14 @@ class Run:
             self.parameter_shardings,
             transform_non_params=lambda _: self.replicated,
         )
+        # A run that was trained elsewhere may have rows that these devices do not
+        # divide; whoever reads it has no use for where they were left.
+        whole = self.experiment.batch_size % self.row_parts
+        split = self.replicated if whole else self.carry_sharding
         shardings = everywhere._replace(
-            parameters=self.parameter_shardings, optimizer=moments
+            parameters=self.parameter_shardings,
+            optimizer=moments,
+            carry=jax.tree.map(lambda _: split, shapes.carry),
         )
         return jax.tree.map(
             lambda s, split: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=split),
@@ -140,7 +173,7 @@ class Run:
 
     def initial_state(self) -> TrainState:
         """A fresh state, made in place on the mesh; the same on every mesh."""
-        init = partial(step.init_state, self.model, self.optimizer)
+        init = partial(step.init_state, self.model, self.optimizer, self.walk)
         key = jax.random.key(self.experiment.seed)
         return jax.jit(init, out_shardings=self.state_shardings)(key)
 
@@ -205,6 +238,7 @@ class Run:
             self.optimizer,
             step.schedule(experiment.optimizer, experiment.steps),
             experiment.guard,
+            self.walk,
         )
         return jax.jit(
             sharding.split_kernels(self.mesh, function),
@@ -220,42 +254,76 @@ class Run:
 
     @cached_property
     def evaluate_step(self):
-        batch = self.batch_sharding
+        """Jitted: (parameters, carry, tokens, weights, stop) -> sums and carry."""
+        batch, carry = self.batch_sharding, self.carry_sharding
         function = partial(step.evaluate_step, self.model)
         return jax.jit(
             sharding.split_kernels(self.mesh, function),
             compiler_options=compiler.options(),
-            in_shardings=(self.parameter_shardings, batch, batch, self.flag_sharding),
-            out_shardings=self.replicated,
+            donate_argnums=1,
+            in_shardings=(
+                self.parameter_shardings,
+                carry,
+                batch,
+                batch,
+                self.flag_sharding,
+            ),
+            out_shardings=(self.replicated, self.replicated, self.replicated, carry),
         )
 
-    def evaluate(self, parameters, *, windows: int | None = None, stop=None) -> Totals:
+    @cached_property
+    def evaluation_rows(self) -> int:
+        """Of a batch. A run that was trained elsewhere may have one that these devices
+        do not divide; evaluation does not depend on it."""
+        return -(-self.experiment.batch_size // self.row_parts) * self.row_parts
+
+    @cached_property
+    def evaluation_start(self):
+        """Jitted: parameters -> the state from which consecutive windows are read."""
+        walk = Walk(self.evaluation_rows, self.experiment.data.context_length)
+        start = partial(step.start_carry, self.model, walk)
+        return jax.jit(start, out_shardings=self.carry_sharding)
+
+    def evaluate(
+        self,
+        parameters,
+        *,
+        windows: int | None = None,
+        consecutive: bool | None = None,
+        stop=None,
+    ) -> Totals:
         """Held-out loss by position; `stop()` is asked before every batch.
 
-        Every token is predicted once, from at most `context_length` tokens before it.
-        What was summed until then, if any process was asked to stop.
+        Every token is predicted once, from at most `context_length` tokens before it,
+        or, if windows are consecutive (None: as in training), from all that its row has
+        read. What was summed until then, if any process was asked to stop.
         """
-        # A run that was trained elsewhere may have a batch that these devices do not
-        # divide; evaluation does not depend on it.
-        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        experiment = self.experiment
+        if consecutive is not None:
+            order = "consecutive" if consecutive else "shuffled"
+            experiment = dataclasses.replace(experiment, windows=order)
+        consecutive = experiment.windows == "consecutive"
         part, parts = self.data_part
         batches = data.heldout_batches(
             self.prepared,
-            -(-self.experiment.batch_size // rows) * rows,
-            alignment=self.experiment.model.alignment,
+            self.evaluation_rows,
+            alignment=experiment.model.alignment,
             shard_index=part,
             shard_count=parts,
             limit=windows,
+            consecutive=consecutive,
         )
-        losses = counts = np.zeros(self.prepared.context_length)
-        stopped = False
+        carry = self.evaluation_start(parameters) if consecutive else None
+        losses, counts, stopped = [], [], False
         for tokens, weights in batches:
             flags = self.stop_flags(bool(stop and stop()))
-            loss, count, stopped = self.evaluate_step(
-                parameters, self.to_devices(tokens), self.to_devices(weights), flags
+            batch = self.to_devices(tokens), self.to_devices(weights)
+            loss, count, stopped, carry = self.evaluate_step(
+                parameters, carry, *batch, flags
             )
-            losses = losses + np.asarray(loss, np.float64)
-            counts = counts + np.asarray(count, np.float64)
+            losses.append(np.asarray(loss, np.float64))
+            counts.append(np.asarray(count, np.float64))
             if stopped:
                 break
-        return Totals(losses, counts, whole=not stopped)
+        join = np.concatenate if consecutive else sum
+        return Totals(join(losses), join(counts), whole=not stopped)

@@ -25,6 +25,7 @@ class TrainState(NamedTuple):
     average_loss: jax.Array  # float32, running mean of accepted losses
     skipped: jax.Array  # int32, updates skipped so far
     skipped_in_row: jax.Array  # int32
+    carry: Any = None  # the model's state at the end of the last window, of all rows
 
 
 class Metrics(NamedTuple):
@@ -71,11 +72,20 @@ def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformatio
     )
 
 
-def init_state(model: FunctionalModel, optimizer, key: jax.Array) -> TrainState:
-    """The state before the first step."""
+class Walk(NamedTuple):
+    """The shape of consecutive windows: what the carried state depends on."""
+
+    rows: int
+    context_length: int
+
+
+def init_state(
+    model: FunctionalModel, optimizer, walk: Walk | None, key: jax.Array
+) -> TrainState:
+    """The state before the first step; walk: of consecutive windows."""
     # Without weak types (jnp.full(n, 0.5) has one): no update would keep them, and the
     # train step would be compiled again for its second call.
-    parameters = {name: p.astype(p.dtype) for name, p in model.init(key).items()}
+    parameters = _strong(model.init(key))
     # One array each: the state is donated, and a buffer can be given away only once.
     return TrainState(
         parameters,
@@ -84,20 +94,35 @@ def init_state(model: FunctionalModel, optimizer, key: jax.Array) -> TrainState:
         average_loss=jnp.zeros((), jnp.float32),
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_row=jnp.zeros((), jnp.int32),
+        carry=None if walk is None else start_carry(model, walk, parameters),
     )
 
 
+def start_carry(model: FunctionalModel, walk: Walk, parameters: Parameters) -> Any:
+    """The model's state before the first window, every leaf `[groups, B, ...]`.
+
+    Attention without a window keeps context_length tokens from before each window.
+    """
+    return _strong(model.start(parameters, walk.rows, walk.context_length))
+
+
+def _strong(tree):
+    return jax.tree.map(lambda x: x.astype(x.dtype), tree)
+
+
 def token_losses(
-    model: FunctionalModel, parameters: Parameters, tokens: jax.Array
-) -> jax.Array:
+    model: FunctionalModel, parameters: Parameters, rows: jax.Array, carry: Any = None
+) -> tuple[jax.Array, Any]:
     """Negative log-likelihood in nats of tokens 1 ... L of `[B, L + 1]`: `[B, L]`.
 
     Of packed documents `[B, 2, L + 1]`, tokens and segment ids, each document is read
-    as if it were alone.
+    as if it were alone. With a carry reading goes on from it; also the one after these
+    tokens.
     """
-    tokens, segment_ids = split_rows(tokens)
-    logits, _ = model.apply(parameters, tokens[:, :-1], segment_ids=segment_ids)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    tokens, segment_ids = split_rows(rows)
+    logits, carry = model.apply(parameters, tokens[:, :-1], carry, segment_ids)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return losses, carry
 
 
 def split_rows(rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -106,16 +131,16 @@ def split_rows(rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
 
 
 def mean_loss(
-    model: FunctionalModel, parameters: Parameters, rows: jax.Array
-) -> jax.Array:
-    """Nats per predicted token; what follows padding is not predicted."""
-    losses = token_losses(model, parameters, rows)
+    model: FunctionalModel, parameters: Parameters, rows: jax.Array, carry: Any = None
+) -> tuple[jax.Array, Any]:
+    """Nats per predicted token (none after padding), and the carry."""
+    losses, carry = token_losses(model, parameters, rows, carry)
     _, segment_ids = split_rows(rows)
     if segment_ids is None:
-        return jnp.mean(losses)
+        return jnp.mean(losses), carry
     predicted = segment_ids != 0
     total = jnp.sum(jnp.where(predicted, losses, 0))
-    return total / jnp.maximum(jnp.sum(predicted), 1)
+    return total / jnp.maximum(jnp.sum(predicted), 1), carry
 
 
 def train_step(
@@ -123,22 +148,28 @@ def train_step(
     optimizer: optax.GradientTransformation,
     rate: optax.Schedule,
     guard: Guard,
+    walk: Walk | None,
     state: TrainState,
     tokens: jax.Array,
     stop: jax.Array,
 ) -> tuple[TrainState, Metrics]:
     """One update on tokens `[B, L + 1]`, skipped if loss or gradient are no good.
 
-    Packed documents come as `[B, 2, L + 1]`, tokens and segment ids.
+    Packed documents come as `[B, 2, L + 1]`, tokens and segment ids, and so do
+    consecutive windows. Those begin in the state that the last ones left, a constant
+    here: no gradient goes beyond the window's edge. After a skipped update all rows
+    begin anew, as the state may be what was no good.
 
     stop `[devices]`: 1 where a process was asked to stop; the sum reaches all of them
     in the same step.
     """
 
     def loss_of(parameters):
-        return mean_loss(model, parameters, tokens)
+        return mean_loss(model, parameters, tokens, state.carry)
 
-    loss, gradients = jax.value_and_grad(loss_of)(state.parameters)
+    (loss, carry), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+        state.parameters
+    )
     norm = optax.tree.norm(gradients)
     first = state.step == state.skipped
     average = jnp.where(first, loss, state.average_loss)
@@ -151,6 +182,8 @@ def train_step(
     def accept(new, old):
         return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
+    if walk is not None:
+        carry = accept(carry, start_carry(model, walk, state.parameters))
     skipped = state.skipped + jnp.where(good, 0, 1)
     in_row = jnp.where(good, 0, state.skipped_in_row + 1)
     new_state = TrainState(
@@ -160,6 +193,7 @@ def train_step(
         accept(average, state.average_loss),
         skipped,
         in_row,
+        carry,
     )
     learning_rate = rate(state.step - state.skipped)
     return new_state, Metrics(loss, norm, learning_rate, skipped, in_row, jnp.sum(stop))
@@ -168,10 +202,13 @@ def train_step(
 def evaluate_step(
     model: FunctionalModel,
     parameters: Parameters,
+    carry: Any,
     tokens: jax.Array,
     weights: jax.Array,
     stop: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weighted sums over the batch of loss and weight per position `[L]`, and stop."""
-    losses = weights * token_losses(model, parameters, tokens)
-    return jnp.sum(losses, axis=0), jnp.sum(weights, axis=0), jnp.sum(stop)
+) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    """Weighted sums over the batch of loss and weight per position `[L]`, stop, and the
+    carry after these tokens."""
+    losses, carry = token_losses(model, parameters, tokens, carry)
+    losses = weights * losses
+    return jnp.sum(losses, axis=0), jnp.sum(weights, axis=0), jnp.sum(stop), carry

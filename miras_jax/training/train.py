@@ -61,6 +61,7 @@ def train(experiment: Experiment, workdir: str | Path) -> Result:
         alignment=experiment.model.alignment,
         shard_index=part,
         shard_count=parts,
+        walking=run.rows_here if experiment.windows == "consecutive" else None,
     )
     with (
         contextlib.closing(batches),
@@ -193,12 +194,19 @@ def _logging(run: Run, start: int):
         where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
         begin = f"from step {start}" if start else "from the beginning"
         packed = run.prepared.documents == "packed"
-        kernels = implementations(experiment.model, run.prepared.context_length, packed)
+        kernels = implementations(
+            experiment.model,
+            run.prepared.context_length,
+            packed,
+            carried=experiment.windows == "consecutive",
+        )
         progress.note(f"{size}, {where}, {kernels}, {begin}")
         yield _Log(run, start, files, progress)
 
 
-def implementations(model: Model, length: int, packed: bool) -> str:
+def implementations(
+    model: Model, length: int, packed: bool, carried: bool = False
+) -> str:
     """What runs a model: "memories in XLA, attention in TPU kernels"."""
     names = {"tpu": "TPU kernels", "gpu": "GPU kernels"}
     parts = []
@@ -206,7 +214,9 @@ def implementations(model: Model, length: int, packed: bool) -> str:
         parts.append(f"memories in {names.get(platform(), 'XLA')}")
     dtype = jnp.dtype(model.compute_dtype)
     found = {
-        names.get(layer.implementation(model.width, length, dtype, packed), "XLA")
+        names.get(
+            layer.implementation(model.width, length, dtype, packed, carried), "XLA"
+        )
         for layer in _all(Attention, model.mixers)
     }
     if found:
@@ -254,11 +264,11 @@ def _claim(run: Run) -> None:
                 f"{difference}; give another --workdir, or continue it with its own "
                 "experiment file"
             )
-    rows = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    if run.experiment.batch_size % rows:
+    if run.experiment.batch_size % run.row_parts:
         raise UserError(
-            f"batch_size={run.experiment.batch_size} cannot be split over {rows} "
-            f"devices along data and fsdp; use a multiple of {rows}"
+            f"batch_size={run.experiment.batch_size} cannot be split over "
+            f"{run.row_parts} devices along data and fsdp; use a multiple of "
+            f"{run.row_parts}"
         )
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(serial.to_json(run.experiment), indent=1))

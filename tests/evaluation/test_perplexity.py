@@ -69,6 +69,9 @@ def test_positions_that_no_token_has_are_left_out():
     totals = Totals(np.array([2.0, 1.0, 0.0, 0.0]), np.array([1.0, 1.0, 0.0, 0.0]))
     assert spans(totals) == [Span(1, 1, 2.0), Span(2, 2, 1.0)]
     np.testing.assert_array_equal(by_position(totals), [2, 1])
+    gap = Totals(np.array([2.0, 0, 0, 0, 3]), np.array([1.0, 0, 0, 0, 2]))
+    assert spans(gap) == [Span(1, 1, 2.0), Span(5, 5, 1.5)]
+    np.testing.assert_array_equal(by_position(gap), [2, np.nan, np.nan, np.nan, 1.5])
 
 
 def test_the_table_says_what_is_beaten_and_what_is_estimated():

@@ -56,7 +56,7 @@ def compiled(experiment: Experiment) -> dict:
     run.mesh = one_device()
     run.model = FunctionalModel(experiment.model, Bytes().train([]).vocab_size)
     state = jax.tree.map(np.asarray, run.initial_state())
-    names = ("mesh", "model", "abstract_state", "state_shardings")
+    names = ("mesh", "model", "abstract_state", "state_shardings", "carry_sharding")
     steps = {"the_step": run.train_step, "the_evaluation": run.evaluate_step}
     return {name: getattr(run, name) for name in names} | steps | {"fresh": state}
 
@@ -96,9 +96,9 @@ class SharedRun(Run):
     def train_step(self, state, tokens, stop):
         return self.the_step(state, self.happen("step", tokens), stop)
 
-    def evaluate_step(self, parameters, tokens, weights, stop):
+    def evaluate_step(self, parameters, carry, tokens, weights, stop):
         stop = self.happen("evaluation", stop)
-        return self.the_evaluation(parameters, tokens, weights, stop)
+        return self.the_evaluation(parameters, carry, tokens, weights, stop)
 
 
 def bits(tree) -> list[bytes]:

@@ -103,8 +103,8 @@ def test_the_loss_of_a_packed_row_is_that_of_its_documents():
     tokens = corpus()[: sum(LENGTHS[:2])]
     windows = PackedWindows(tokens, 16, 4, END)
     assert len(windows) == 1
-    loss = jit(lambda p, rows: mean_loss(model, p, rows))
-    alone = jit(lambda p, row: token_losses(model, p, row))
+    loss = jit(lambda p, rows: mean_loss(model, p, rows)[0])
+    alone = jit(lambda p, row: token_losses(model, p, row)[0])
     losses = []
     for document in np.split(tokens, LENGTHS[:1]):
         row = np.append(document, END)[None].astype(np.int32)

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from miras_jax import Rule, memory
 from miras_jax.errors import UserError
 from miras_jax.nn.attention import Attention
+from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Model
 from miras_jax.training import data, sharding
 from miras_jax.training.checkpoint import Checkpoints
@@ -29,6 +31,15 @@ from pallas_kernels.fused_scan import fused_scan, target
 from tests import xla_flags
 from tests.training.runs import one_device, tiny
 
+# The state that consecutive windows carry is split, too.
+MODEL = Model(
+    width=32,
+    depth=2,
+    mixers=(
+        Miras(Rule(memory.Linear(), chunk_size=8), num_heads=2),
+        Attention(num_heads=2, window=40),
+    ),
+)
 STEPS, SAVED = 5, 3
 MESHES = [Mesh(data=8), Mesh(2, 2, 2), Mesh(1, 4, 2)]
 EMBEDDING = "embedding"
@@ -50,7 +61,10 @@ def build(tmp_path_factory):
 
     @functools.cache
     def build(mesh):
-        run = Run(tiny(folder, mesh=mesh or Mesh()), folder / "run")
+        experiment = tiny(
+            folder, model=MODEL, mesh=mesh or Mesh(), windows="consecutive"
+        )
+        run = Run(experiment, folder / "run")
         if mesh is None:
             run.mesh = one_device()
         return run
@@ -62,7 +76,10 @@ def continued(run, state, first, last):
     """The state and the losses of steps first + 1 ... last."""
     experiment = run.experiment
     batches = data.train_batches(
-        run.prepared, batch_size=experiment.batch_size, seed=experiment.seed
+        run.prepared,
+        batch_size=experiment.batch_size,
+        seed=experiment.seed,
+        walking=run.rows_here,
     )
     losses = []
     with contextlib.closing(batches):
@@ -112,7 +129,8 @@ def test_every_mesh_trains_the_same(mesh, build, reference):
         assert parts(state.parameters[name]) == cut
         assert parts(moments[name]) == cut
     tokens = run.to_devices(np.zeros((8, 33), np.int32))
-    assert parts(tokens) == (run.mesh.shape["data"] * run.mesh.shape["fsdp"], 1)
+    assert parts(tokens) == (run.row_parts, 1)
+    assert {parts(c.last.index) for c in state.carry} == {(1, run.row_parts)}
 
 
 def test_kernels_are_split_by_rows_and_heads():
@@ -228,6 +246,7 @@ def endless(folder, mesh):
     """Attention, because it compiles soonest."""
     model = Model(width=32, depth=2, mixers=(Attention(num_heads=2),))
     every = {"evaluate_every": 100_000, "checkpoint_every": 1000}
+    every |= {"windows": "consecutive"}
     return tiny(folder, model=model, steps=100_000, mesh=mesh, **every)
 
 

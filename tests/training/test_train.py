@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -250,6 +251,10 @@ def test_what_runs_a_model_is_told(monkeypatch):
         )
         assert implementations(window, 256, packed=False) == "attention in GPU kernels"
         assert implementations(window, 256, packed=True) == "attention in XLA"
+        full = replace(window, mixers=(Attention(4),))
+        assert implementations(full, 256, packed=True) == "attention in GPU kernels"
+        carried = implementations(full, 256, packed=True, carried=True)
+        assert carried == "attention in XLA"
 
 
 def test_kill_dash_nine(tmp_path, straight):
