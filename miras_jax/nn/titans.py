@@ -1,4 +1,4 @@
-"""Titans' three ways to join memory and attention (arXiv 2501.00663, section 4).
+"""Titans' three ways to join memory and attention (arXiv 2501.00663).
 
 The persistent tokens that the paper puts in front of the input are learned keys and
 values of the attention here (`Attention(persistent=...)`); what the memory would learn
@@ -40,7 +40,7 @@ class _Pair(Choice):
 
 
 class MAG(_Pair):
-    """Memory as a gate: o = y * M(x), y a sliding window over x too (eq. 26 to 28).
+    """Memory as a gate: o = y * M(x), y a sliding window over x too.
 
     The product is of outputs that are normalised with learned weights, the memory's
     behind a sigmoid; which non-linearity is not stated.
@@ -51,7 +51,7 @@ class MAG(_Pair):
 
 
 class MAL(_Pair):
-    """Memory as a layer: o = a sliding window over y = M(x) (eq. 29 to 31)."""
+    """Memory as a layer: o = a sliding window over y = M(x)."""
 
     def build(self, width: int, output_scale: float, rngs: nnx.Rngs):
         return _PairLayer(self, width, output_scale, None, rngs)
@@ -94,7 +94,7 @@ class _Gate(nnx.Module):
 
 @dataclass(frozen=True, repr=False)
 class MAC(Choice):
-    """Memory as a context (eq. 21 to 25), segment by segment of the input S.
+    """Memory as a context, segment by segment of the input S.
 
     h = M(S W_Q), at the weights before the segment; y = attention over the persistent
     pairs, h and S; the memory learns y; o = y * M(y), gated as in `MAG`.

@@ -10,7 +10,7 @@ from miras_jax.core.rule import Rule
 def softmax_attention() -> Rule:
     """M_t = M_{t-1} + {(k_t, v_t)}, y = softmax(q^T k / sqrt(K)) v over all of them.
 
-    The Transformer (arXiv 1706.03762, eq. 1), which Table 1 of Miras reads as the
+    The Transformer (arXiv 1706.03762), which Table 1 of Miras reads as the
     Nadaraya-Watson solution of the L2 loss. Its state grows with what it reads.
     """
     return Rule(Cache(), L2(), Keep(), NonParametric(), chunk_size=1)
@@ -19,6 +19,6 @@ def softmax_attention() -> Rule:
 def sliding_window_attention(window: int = 128) -> Rule:
     """The same over the last `window` tokens, the present one included.
 
-    arXiv 2004.05150, section 3.1, made causal: a state of constant size.
+    Longformer, arXiv 2004.05150, made causal: a state of constant size.
     """
     return Rule(Cache(window), L2(), Keep(), NonParametric(), chunk_size=1)

@@ -19,7 +19,7 @@ PERSISTENT = 4
 
 
 def titans_mac(num_heads: int = 4, segment: int = 64) -> MAC:
-    """Titans, memory as a context (arXiv 2501.00663, section 4.1)."""
+    """Titans, memory as a context (arXiv 2501.00663, MAC)."""
     memory = titans(num_heads)
     chunk = min(memory.rule.chunk_size, segment)
     memory = replace(memory, rule=replace(memory.rule, chunk_size=chunk))
@@ -27,12 +27,12 @@ def titans_mac(num_heads: int = 4, segment: int = 64) -> MAC:
 
 
 def titans_mag(num_heads: int = 4, window: int = 128) -> MAG:
-    """Titans, memory as a gate beside a sliding window (section 4.2)."""
+    """Titans, memory as a gate beside a sliding window (MAG)."""
     return MAG(titans(num_heads), Attention(num_heads, window, persistent=PERSISTENT))
 
 
 def titans_mal(num_heads: int = 4, window: int = 128) -> MAL:
-    """Titans, memory as a layer under a sliding window (section 4.3)."""
+    """Titans, memory as a layer under a sliding window (MAL)."""
     return MAL(titans(num_heads), Attention(num_heads, window, persistent=PERSISTENT))
 
 
@@ -65,14 +65,14 @@ def samba(
 def gated_delta_net_h1(
     num_heads: int = 4, window: int = 2048
 ) -> tuple[Miras, Attention]:
-    """Gated DeltaNet-H1 (arXiv 2412.06464, section 3.4): with a sliding window."""
+    """Gated DeltaNet-H1 (arXiv 2412.06464, its hybrids): with a sliding window."""
     return gated_delta_net(num_heads), Attention(num_heads, window)
 
 
 def gated_delta_net_h2(
     num_heads: int = 4, window: int = 2048
 ) -> tuple[Miras, Miras, Attention]:
-    """Gated DeltaNet-H2 (the same section): Mamba-2, then the layers of H1."""
+    """Gated DeltaNet-H2 (the same paper): Mamba-2, then the layers of H1."""
     return mamba2(num_heads), *gated_delta_net_h1(num_heads, window)
 
 

@@ -9,5 +9,5 @@ def softmax(num_heads: int = 4, num_kv_heads: int | None = None) -> Attention:
 
 
 def sliding_window(num_heads: int = 4, window: int = 128) -> Attention:
-    """The same over the last `window` tokens (arXiv 2004.05150, section 3.1)."""
+    """The same over the last `window` tokens (Longformer, arXiv 2004.05150)."""
     return Attention(num_heads, window)

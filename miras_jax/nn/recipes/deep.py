@@ -28,7 +28,7 @@ def memora(num_heads: int = 4) -> Miras:
 
 
 def titans(num_heads: int = 4) -> Miras:
-    """Titans LMM (arXiv 2501.00663, eq. 11 to 14 and section 4.4).
+    """Titans LMM (arXiv 2501.00663, eq. 13 and 14).
 
     q, k, v convolved with SiLU, q and k / |.|_2; norm and gate before the output. The
     rates are functions of the token; which is not stated, here those of `default_rates`
@@ -38,7 +38,7 @@ def titans(num_heads: int = 4) -> Miras:
 
 
 def ttt_linear(num_heads: int = 4) -> Miras:
-    """TTT-Linear (arXiv 2407.04620, section 2.7): learn = sigmoid(x w), one per head.
+    """TTT-Linear (arXiv 2407.04620): learn = sigmoid(x w), one per head.
 
     eta_base 1 times sigmoid, for keys of norm one here (there divided by K, for keys of
     unit variance); RoPE; q and k convolved, here v too; norm, then a GELU gate.
@@ -47,7 +47,7 @@ def ttt_linear(num_heads: int = 4) -> Miras:
 
 
 def ttt_mlp(num_heads: int = 4) -> Miras:
-    """TTT-MLP (arXiv 2407.04620, section 2.7): as `ttt_linear`, eta_base 0.1."""
+    """TTT-MLP (arXiv 2407.04620): as `ttt_linear`, eta_base 0.1."""
     return _ttt(variants.ttt_mlp(), num_heads, 0.1)
 
 
@@ -63,14 +63,14 @@ def _ttt(rule, num_heads, base):
 
 
 def omega_net(num_heads: int = 4, key_dim: int = 8) -> Miras:
-    """OmegaNet (arXiv 2505.23735, section 3.2), the memory's inputs as in `atlas`."""
+    """OmegaNet (Atlas, arXiv 2505.23735), the memory's inputs as in `atlas`."""
     return _atlas(variants.omega_net(), num_heads, key_dim)
 
 
 def atlas(num_heads: int = 4, key_dim: int = 8) -> Miras:
     """Atlas (arXiv 2505.23735, eq. 32 and 33): q and k as monomials of degree 2.
 
-    Their coefficients are learned from 1 / i! (section 3.1). The memory adds its input
+    Their coefficients are learned from 1 / i! there. The memory adds its input
     to its output, so that values are as wide as the features: 45 for keys of 8. Degree
     and dimensions are not stated; here so that a head stays of the usual size. Rates
     are those of `default_rates`; convolution, norm and gate as in `titans`.
@@ -91,7 +91,7 @@ def _atlas(rule, num_heads, key_dim):
 
 
 def lact(num_heads: int = 4, chunk_size: int = 2048) -> Miras:
-    """LaCT (arXiv 2505.23884, section 3): learn = softplus(x w + b), from 0.001.
+    """LaCT (arXiv 2505.23884): learn = softplus(x w + b), from 0.001.
 
     One per head (there one for each of the memory's three matrices); momentum
     sigmoid(x w), one for a whole chunk: here of its first token, the mean over the

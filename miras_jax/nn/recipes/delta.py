@@ -23,10 +23,10 @@ def delta_net(num_heads: int = 4) -> Miras:
 
 
 def gated_delta_net(num_heads: int = 4) -> Miras:
-    """learn = sigmoid(x w), keep = exp(-a softplus(x w' + b)) (arXiv 2412.06464, 3.3).
+    """learn = sigmoid(x w), keep = exp(-a softplus(x w' + b)) (arXiv 2412.06464).
 
-    eq. 10, with Mamba-2's keep: a from 1 to 16, dt from 0.001 to 0.1, one per head.
-    q, k, v convolved with SiLU, q and k / |.|_2, RMSNorm per head, SiLU gate.
+    Mamba-2's keep: a from 1 to 16, dt from 0.001 to 0.1, one per head. q, k, v are
+    convolved with SiLU, q and k / |.|_2, RMSNorm per head, SiLU gate.
     """
     return Miras(
         variants.gated_delta_net(),
@@ -37,7 +37,7 @@ def gated_delta_net(num_heads: int = 4) -> Miras:
 
 
 def delta_product(num_heads: int = 4, steps: int = 2) -> Miras:
-    """`steps` keys, values and learn per token, one keep (arXiv 2502.10297, section 4).
+    """`steps` keys, values and learn per token, one keep (arXiv 2502.10297).
 
     Else as Gated DeltaNet; learn = sigmoid. With 2 sigmoid, which the paper tries too,
     transitions may have negative eigenvalues.
@@ -51,7 +51,7 @@ def delta_product(num_heads: int = 4, steps: int = 2) -> Miras:
 
 
 def kimi_delta_attention(num_heads: int = 4) -> Miras:
-    """KDA (arXiv 2510.26692, eq. 1, section 3): keep per key channel, learn per head.
+    """KDA (Kimi Linear, arXiv 2510.26692): keep per key channel, learn per head.
 
     keep = exp(-a softplus(x W_1 W_2 + b)) of low rank (the head's dimension there, 32
     here), learn = sigmoid(x w); q, k, v convolved with SiLU, q and k / |.|_2; RMSNorm
@@ -67,11 +67,11 @@ def kimi_delta_attention(num_heads: int = 4) -> Miras:
 
 
 def longhorn(num_heads: int = 4) -> Miras:
-    """learn = sigmoid(x W + b), per value channel (arXiv 2407.14207, section 3.2).
+    """learn = sigmoid(x W + b), per value channel (Longhorn, arXiv 2407.14207).
 
-    The exact closed form, eq. 6 and 7, in the place of Mamba's: convolution with SiLU,
-    SiLU gate, no norm of keys or outputs, y + D v. W is of rank 32 here, b starts at 0;
-    heads of many channels here, where the paper's kernel keeps one number per channel.
+    The exact closed form in the place of Mamba's: convolution with SiLU, SiLU gate, no
+    norm of keys or outputs, y + D v. W is of rank 32 here, b starts at 0; heads of many
+    channels here, where the paper's kernel keeps one number per channel.
     """
     return Miras(
         variants.longhorn(),
@@ -106,7 +106,7 @@ def rwkv7(num_heads: int = 4) -> Miras:
 
 
 def mesa_net(num_heads: int = 4) -> Miras:
-    """MesaNet (arXiv 2506.05233, section 3): learn and keep are sigmoids per head.
+    """MesaNet (arXiv 2506.05233): learn and keep are sigmoids per head.
 
     q, k, v convolved with SiLU, q and k / |.|_2; RMSNorm per head, no gate, no
     positions. Starts are not stated; here learn 0.5, and keep 0.9 to 0.999.

@@ -19,7 +19,7 @@ SCALED = Features(norm="scale")
 
 
 def linear_attention(num_heads: int = 4) -> Miras:
-    """y_t = phi(q_t)^T sum phi(k) v^T, phi = elu + 1 (arXiv 2006.16236, eq. 7 and 12).
+    """y_t = phi(q_t)^T sum phi(k) v^T, phi = elu + 1 (arXiv 2006.16236).
 
     No convolution, gate or positions. The paper divides by phi(q_t)^T sum phi(k), one
     number per head and token; here RMSNorm per head removes that factor, as in
@@ -37,7 +37,7 @@ def linear_attention(num_heads: int = 4) -> Miras:
 
 
 def retnet(num_heads: int = 4) -> Miras:
-    """Retention (arXiv 2307.08621, eq. 5 to 8): keep = 1 - 2^(-5-h) of head h, fixed.
+    """Retention (RetNet, arXiv 2307.08621): keep = 1 - 2^(-5-h) of head h, fixed.
 
     learn = 1; queries and keys turned by xPos (here RoPE, all channels) and scaled by
     1 / sqrt(K), without convolution; the heads normalised (GroupNorm there, RMSNorm
@@ -77,7 +77,7 @@ def lightning_attention(num_heads: int = 4) -> Miras:
 def gla(num_heads: int = 4) -> Miras:
     """keep = sigmoid(x W_1 W_2 + b)^(1/16), rank 16, per key channel; learn = 1.
 
-    Gated Linear Attention, arXiv 2312.06635, eq. 3 and section 4.4: no convolution or
+    Gated Linear Attention, arXiv 2312.06635: no convolution or
     activation, queries and keys scaled by 1 / sqrt(K), RMSNorm per head, swish gate. b
     starts at 0, that is, keep at 0.958. Keys are half as wide as values there; here as
     wide.
@@ -97,9 +97,9 @@ def gla(num_heads: int = 4) -> Miras:
 def dfw(num_heads: int = 4) -> Miras:
     """M_t = (f_v f_k^T) * M + v k^T, f = sigmoid(x W + b) (arXiv 2210.04243).
 
-    Section 3: per channel of keys and of values. Starts are not stated; here keep is
-    0.9 to 0.999. W is of rank 32 here. No convolution, no gate; heads are normalised
-    here.
+    Decaying fast weights, per channel of keys and of values. Starts are not stated;
+    here keep is 0.9 to 0.999. W is of rank 32 here. No convolution, no gate; heads are
+    normalised here.
     """
     keep = LowRank("keep", (0.001, 0.1))
     return Miras(
@@ -114,7 +114,7 @@ def dfw(num_heads: int = 4) -> Miras:
 
 
 def hgrn2(num_heads: int = 4) -> Miras:
-    """keep = f, key = 1 - f, f = sigmoid(x W); learn = 1 (arXiv 2404.07904, section 3).
+    """keep = f, key = 1 - f, f = sigmoid(x W); learn = 1 (arXiv 2404.07904).
 
     Queries pass swish, values nothing; no convolution, no positions, RMSNorm, no gate.
     There f lies above a bound that is learned and rises with the layer, from 0 in the
@@ -133,7 +133,7 @@ def hgrn2(num_heads: int = 4) -> Miras:
 
 
 def mamba(width: int, expand: int = 2, key_dim: int = 16) -> Miras:
-    """S6 (arXiv 2312.00752, eq. 2 and 4, section 3.6): a head for each inner channel.
+    """S6 (Mamba, arXiv 2312.00752): a head for each inner channel.
 
     h_t = exp(dt A) * h + dt x B_t, y = C_t^T h + D x, gated by SiLU(z). dt = softplus,
     from 0.001 to 0.1 (log-uniform); A = -1 ... -N, learned; D from 1; B and C shared by
@@ -159,7 +159,7 @@ def mamba(width: int, expand: int = 2, key_dim: int = 16) -> Miras:
 def mamba2(
     num_heads: int = 4, key_dim: int = 64, value_dim: int | None = None
 ) -> Miras:
-    """SSD (arXiv 2405.21060, section 7.1): keep = exp(-a dt), learn = dt, per head.
+    """SSD (Mamba-2, arXiv 2405.21060): keep = exp(-a dt), learn = dt, per head.
 
     dt = softplus(x w + b), from 0.001 to 0.1 (log-uniform); a from 1 to 16, learned; B
     and C shared by all heads; a convolution over x, B and C; y + D x; gate. There the
