@@ -213,7 +213,7 @@ def save(figure: Figure, path: Path) -> None:
 def section(make: Callable[[], miras.Rule], portrait: Portrait) -> str:
     """The lines below a picture, from the rule, its docstring and what was drawn."""
     rule, name = make(), make.__name__
-    row = table.row(rule)
+    row = table.row(rule, variants.CHANNELWISE.get(make, ()))
     after = ", ".join(f"{portrait.recall[n]:.2f}" for n in (0, 8, DISTRACTORS))
     return f"""
 ## {name}

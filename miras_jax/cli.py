@@ -269,7 +269,7 @@ def _variants(arguments, argv: Sequence[str]) -> int:
     from miras_jax.core import table, variants
 
     if arguments.markdown:
-        print(table.markdown(variants.ALL))
+        print(table.markdown(variants.ALL, variants.CHANNELWISE))
         return 0
     print(
         "Models for Miras(variants.NAME()) in an experiment file.\n"
@@ -281,7 +281,7 @@ def _variants(arguments, argv: Sequence[str]) -> int:
     print(f"{'':24}  {'chunk':>13}    state  memory, bias, retention, algorithm")
     for make in variants.ALL:
         rule = make()
-        row = table.row(rule)
+        row = table.row(rule, variants.CHANNELWISE.get(make, ()))
         axes = (rule.memory, rule.bias, rule.retention, rule.algorithm)
         choices = ", ".join(map(table.brief, axes))
         print(f"{make.__name__:24}  {row.chunk:>13}  {row.state:>7}  {choices}")

@@ -264,7 +264,7 @@ def test_variants_lists_every_named_rule():
         "64, linear 65,536 MLP, Huber, Decay, GradientDescent".split()
     )
     assert rows["retnet"][1:3] == ["1", "4,096"]
-    assert "Miras, eq. 26" in out and "Wₜ = αₜ Wₜ₋₁ − ηₜ ∇ℓ" in out
+    assert "arXiv 2504.13173, eq. 26" in out and "Wₜ = αₜ Wₜ₋₁ − ηₜ ∇ℓ" in out
     status, out, _ = command("variants", "--markdown")
     assert status == 0 and out.count("\n") == 2 + len(variants.ALL)
 

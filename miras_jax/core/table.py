@@ -5,7 +5,8 @@ that has no piece here is written by its name.
 
     Wₜ, Mₜ = Wₜᵀ   weights, and those of a plain matrix as papers print them
     Aₜ             the dual of a gate whose weights are a map of it
-    αₜ, ηₜ, μₜ     rates keep, learn, momentum: numbers, or one per channel
+    αₜ, ηₜ, μₜ     rates keep, learn, momentum of a token
+    Diag(αₜ)       the same where a model has one keep per channel of the keys
     ∇ℓ             gradient of the bias at the weights of the chunk's start
     r              M(kₜ) - vₜ
     O              orthogonalised (Muon)
@@ -13,7 +14,7 @@ that has no piece here is written by its name.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -50,15 +51,16 @@ HEADINGS = Row(
 )
 
 
-def row(rule: Rule) -> Row:
-    """A rule as a line of the table."""
+def row(rule: Rule, channelwise: Sequence[str] = ()) -> Row:
+    """A rule as a line of the table; channelwise: its rates of one per channel."""
     axes = (rule.memory, rule.bias, rule.retention, rule.algorithm)
     names = [brief(axis) for axis in axes]
     names[1] += f": {loss(rule.bias)}"
     # With one token per chunk every readout is the paper's recurrence.
     chunk = "1" if rule.chunk_size == 1 else f"{rule.chunk_size:,}, {rule.readout}"
     size = state_size(rule)
-    return Row(*names, write_rule(rule), chunk, f"{size:,}" if size else "grows")
+    write = write_rule(rule, channelwise)
+    return Row(*names, write, chunk, f"{size:,}" if size else "grows")
 
 
 def state_size(rule: Rule, dim: int = HEAD_DIM) -> int:
@@ -105,50 +107,52 @@ def loss(choice: bias.Bias) -> str:
             return f"{type(choice).__name__}(M(k), v)"
 
 
-def write_rule(rule: Rule) -> str:
+def write_rule(rule: Rule, channelwise: Sequence[str] = ()) -> str:
     """What one token does to the memory, as an equation."""
     if isinstance(rule.algorithm, algorithm.NonParametric):
         window = getattr(rule.memory, "window", None)
         last = f", the last {window}" if window else ""
         return f"Mₜ = Mₜ₋₁ ∪ {{(kₜ, vₜ)}}{last}"
-    equations = _expanded(rule) or [*_recurrence(rule), *_mapped(rule)]
+    per_channel = "keep" in channelwise
+    equations = _expanded(rule, per_channel)
+    equations = equations or [*_recurrence(rule), *_mapped(rule)]
     if isinstance(rule.algorithm, algorithm.Newton):
-        keep = _kept(rule.retention)
+        before = [_kept(rule.retention, of, per_channel) for of in ("Gₜ₋₁", "Hₜ₋₁")]
         equations = [
             "Mₜ = Gₜ (Hₜ + Λ)⁻¹",
-            f"Gₜ = {keep}Gₜ₋₁ + ηₜ vₜ kₜᵀ",
-            f"Hₜ = {keep}Hₜ₋₁ + ηₜ kₜ kₜᵀ",
+            f"Gₜ = {before[0]} + ηₜ vₜ kₜᵀ",
+            f"Hₜ = {before[1]} + ηₜ kₜ kₜᵀ",
         ]
     if rule.algorithm.steps > 1:
         equations.append(f"{rule.algorithm.steps} pairs (kₜ, vₜ) per token, αₜ once")
     return ", ".join(equations)
 
 
-def _expanded(rule: Rule) -> list[str] | None:
+def _expanded(rule: Rule, per_channel: bool) -> list[str] | None:
     """The matrix form of a plain matrix, whose gradient is (M kₜ - vₜ) kₜᵀ or -vₜ kₜᵀ.
 
     None where the gradient does not enter the matrix as it is.
     """
     plain = rule.memory.is_linear and rule.retention.is_identity
-    at, keep = rule.algorithm.at, _kept(rule.retention)
+    before = _kept(rule.retention, "Mₜ₋₁", per_channel)
+    keep = _kept(rule.retention, "I", per_channel)
     match rule.algorithm:
         case algorithm.GradientDescent():
             rate, where = "ηₜ", []
         case algorithm.Implicit():
             rate, where = "sₜ", ["sₜ = ηₜ / (1 + ηₜ‖kₜ‖²)"]
         case algorithm.EraseWrite() if plain:
-            erased = f"Mₜ₋₁ ({keep}I − eₜ (εₜ ⊙ eₜ)ᵀ)"
-            return [f"Mₜ = {erased} + ηₜ vₜ kₜᵀ"]
+            return [f"Mₜ = Mₜ₋₁ ({keep} − eₜ (εₜ ⊙ eₜ)ᵀ) + ηₜ vₜ kₜᵀ"]
         case _:
             return None
     written = f"{rate} vₜ kₜᵀ"
     match rule.bias:
         case bias.DotProduct() if plain:
-            return [f"Mₜ = {keep}Mₜ₋₁ + {written}", *where]
-        case bias.L2() if plain and at == "retained":
-            return [f"Mₜ = {keep}Mₜ₋₁ (I − {rate} kₜ kₜᵀ) + {written}", *where]
+            return [f"Mₜ = {before} + {written}", *where]
+        case bias.L2() if plain and rule.algorithm.at == "retained":
+            return [f"Mₜ = {before} (I − {rate} kₜ kₜᵀ) + {written}", *where]
         case bias.L2() if plain and rule.chunk_size == 1:
-            return [f"Mₜ = Mₜ₋₁ ({keep}I − {rate} kₜ kₜᵀ) + {written}", *where]
+            return [f"Mₜ = Mₜ₋₁ ({keep} − {rate} kₜ kₜᵀ) + {written}", *where]
         case _:
             return None
 
@@ -156,7 +160,7 @@ def _expanded(rule: Rule) -> list[str] | None:
 def _recurrence(rule: Rule) -> list[str]:
     """Step and recurrence of the dual, or of the weights where these are the same."""
     name = "A" if _has_dual(rule.retention) else "W"
-    before = f"{_kept(rule.retention)}{name}ₜ₋₁"
+    before = _kept(rule.retention, f"{name}ₜ₋₁", per_channel=False)
     learner, gradient, rated = rule.algorithm, "∇ℓ", "ηₜ ∇ℓ"
     if isinstance(learner, algorithm.Omega):
         last = str(learner.window).translate(_SUBSCRIPTS)
@@ -174,11 +178,17 @@ def _recurrence(rule: Rule) -> list[str]:
             return [f"{name}ₜ = {before} + {type(other).__name__}(−{rated})"]
 
 
-def _kept(gate: retention.Retention) -> str:
-    """What the gate multiplies the memory by."""
+def _kept(gate: retention.Retention, of: str, per_channel: bool) -> str:
+    """What the gate keeps of a matrix, or of I; columns are the keys' channels."""
     if not gate.rates:
-        return ""
-    return "(βₜ αₜᵀ) ⊙ " if gate.axis == "both" else "αₜ "
+        return of
+    if gate.axis == "both":
+        return f"(βₜ αₜᵀ) ⊙ {of}"
+    if not per_channel:
+        return f"αₜ {of}"
+    if of == "I":
+        return "Diag(αₜ)"
+    return f"{of} Diag(αₜ)" if gate.axis == "key" else f"Diag(αₜ) {of}"
 
 
 def _has_dual(gate: retention.Retention) -> bool:
@@ -221,7 +231,10 @@ def _norm(q: float) -> str:
     return f"‖Aₜ‖{f'{q:g}'.translate(_SUBSCRIPTS)}{_power(q - 2)}"
 
 
-def markdown(makers: Sequence[Callable[[], Rule]]) -> str:
+def markdown(
+    makers: Sequence[Callable[[], Rule]],
+    channelwise: Mapping[Callable[[], Rule], Sequence[str]],
+) -> str:
     """The table of these named rules in Markdown, each with its paper's arXiv number.
 
     That is the first one that the docstring names.
@@ -231,6 +244,8 @@ def markdown(makers: Sequence[Callable[[], Rule]]) -> str:
         found = re.search(r"\d{4}\.\d{5}", make.__doc__)
         paper = f"[{found[0]}](https://arxiv.org/abs/{found[0]})" if found else ""
         # A bar would end the cell.
-        cells = [cell.replace("|", r"\|") for cell in row(make())]
+        cells = [
+            cell.replace("|", r"\|") for cell in row(make(), channelwise.get(make, ()))
+        ]
         lines.append((f"`{make.__name__}`", *cells, paper))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -46,15 +46,6 @@ VARIANT_NAMES = (
     "softmax_attention",
     "sliding_window_attention",
 )
-CHANNELS = {
-    "dfw": ("keep", "keep_value"),
-    **dict.fromkeys(
-        ("gla", "hgrn2", "mamba", "longhorn_diagonal", "kimi_delta_attention"),
-        ("keep",),
-    ),
-    "rwkv7": ("keep", "erase"),
-}
-"""Rates of the variants that are channel-wise; of the others they are per token."""
 LENGTH = 11  # two chunks of four and an unfinished one
 
 
@@ -83,7 +74,11 @@ def small(rule):
 
 def variant_cases():
     return [
-        Case(name, small(getattr(variants, name)()), CHANNELS.get(name, False))
+        Case(
+            name,
+            small(getattr(variants, name)()),
+            variants.CHANNELWISE.get(getattr(variants, name), False),
+        )
         for name in VARIANT_NAMES
     ]
 

@@ -1,5 +1,6 @@
 """Table 1 from the code: equations put together from a rule's parts."""
 
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -25,12 +26,20 @@ WRITTEN = {
     variants.mesa_net: "Mₜ = Gₜ (Hₜ + Λ)⁻¹, Gₜ = αₜ Gₜ₋₁ + ηₜ vₜ kₜᵀ, "
     "Hₜ = αₜ Hₜ₋₁ + ηₜ kₜ kₜᵀ",
     variants.ttt_linear: "Wₜ = Wₜ₋₁ − ηₜ ∇ℓ",
+    **dict.fromkeys(
+        (variants.gla, variants.hgrn2, variants.mamba, variants.longhorn_diagonal),
+        "Mₜ = Mₜ₋₁ Diag(αₜ) + ηₜ vₜ kₜᵀ",
+    ),
+    variants.dfw: "Mₜ = (βₜ αₜᵀ) ⊙ Mₜ₋₁ + ηₜ vₜ kₜᵀ",
+    variants.kimi_delta_attention: "Mₜ = Mₜ₋₁ Diag(αₜ) (I − ηₜ kₜ kₜᵀ) + ηₜ vₜ kₜᵀ",
+    variants.rwkv7: "Mₜ = Mₜ₋₁ (Diag(αₜ) − eₜ (εₜ ⊙ eₜ)ᵀ) + ηₜ vₜ kₜᵀ",
 }
 
 
 @pytest.mark.parametrize("make", WRITTEN, ids=lambda make: make.__name__)
 def test_the_write_rule_of_published_models(make):
-    assert table.write_rule(make()) == WRITTEN[make]
+    channelwise = variants.CHANNELWISE.get(make, ())
+    assert table.row(make(), channelwise).write == WRITTEN[make]
 
 
 def test_each_axis_contributes_its_piece():
@@ -80,8 +89,22 @@ def test_an_idea_without_a_piece_is_written_by_its_name():
 
 
 def test_markdown_has_a_line_for_every_rule_and_no_bar_inside_a_cell():
-    header, dashes, *lines = table.markdown(variants.ALL).splitlines()
+    header, dashes, *lines = table.markdown(
+        variants.ALL, variants.CHANNELWISE
+    ).splitlines()
     assert len(lines) == len(variants.ALL)
     for line in (header, dashes, *lines):
         assert line.replace(r"\|", "").count("|") == header.count("|")
-    assert "[2501.00663](https://arxiv.org/abs/2501.00663)" in "".join(lines)
+    for make, line in zip(variants.ALL, lines, strict=True):
+        assert re.search(r"\[(\d{4}\.\d{5})\]\(https://arxiv.org/abs/\1\) \|$", line), (
+            make
+        )
+        channels = any("Diag" in cell or "βₜ" in cell for cell in line.split(" | "))
+        assert channels == (make in variants.CHANNELWISE), make
+    assert "[2504.13173]" in lines[variants.ALL.index(variants.yaad)]
+
+
+def test_a_keep_per_channel_of_the_values_stands_on_their_side():
+    rule = replace(variants.gla(), retention=retention.Decay(axis="value"))
+    write = table.write_rule(rule, ("keep",))
+    assert write == "Mₜ = Diag(αₜ) Mₜ₋₁ + ηₜ vₜ kₜᵀ"

@@ -71,3 +71,15 @@ ALL = (
     sliding_window_attention,
 )
 """Every named rule, in the order of the table that `miras variants` prints."""
+
+CHANNELWISE = {
+    dfw: ("keep", "keep_value"),
+    gla: ("keep",),
+    hgrn2: ("keep",),
+    mamba: ("keep",),
+    longhorn_diagonal: ("keep",),
+    kimi_delta_attention: ("keep",),
+    rwkv7: ("keep", "erase"),
+}
+"""Rates of matrix memories of which their papers have one per channel; of the others,
+one per token and head."""

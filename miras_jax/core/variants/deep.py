@@ -18,13 +18,16 @@ def titans() -> Rule:
 def ttt_mlp() -> Rule:
     """W_t = W - learn grad L2 on x + LN(gelu(x W_1) W_2), mini-batches of 16.
 
-    TTT-MLP, arXiv 2407.04620, eq. 1 and section 2.7.
+    TTT-MLP, arXiv 2407.04620.
     """
     return Rule(MLP(), L2(), Keep(), GradientDescent(), chunk_size=16)
 
 
 def ttt_linear() -> Rule:
-    """W_t = W - learn grad L2 on x + LN(x W), mini-batches of 16 (TTT-Linear)."""
+    """W_t = W - learn grad L2 on x + LN(x W), mini-batches of 16.
+
+    TTT-Linear, arXiv 2407.04620.
+    """
     memory = Linear(residual=True, norm=True)
     return Rule(memory, L2(), Keep(), GradientDescent(), chunk_size=16)
 
@@ -33,7 +36,7 @@ def lact() -> Rule:
     """W_c+1 = L2norm(W_c + O(m)), m of -<M(k), v>, M = (silu(x W_1) * x W_2) W_3.
 
     Large chunks of 2,048 tokens that all read W_c, apply-then-update; learn weighs each
-    token's gradient (LaCT, arXiv 2505.23884, section 3). Its momentum is one number per
+    token's gradient (LaCT, arXiv 2505.23884). Its momentum is one number per
     chunk: that of the chunk's first token here, with 1 for the others.
     """
     memory = GatedMLP(expansion=1)
@@ -43,7 +46,7 @@ def lact() -> Rule:
 def omega_net() -> Rule:
     """W_t = keep W - sum of the last 16 tokens' learn grad L2 (OmegaNet).
 
-    Atlas, arXiv 2505.23735, section 3.2. The length of the window is not printed; its
+    Atlas, arXiv 2505.23735. The length of the window is not printed; its
     largest tried, 16, was best. Polynomial features of keys and queries are a layer's.
     """
     return Rule(MLP(), L2(), Decay(), Omega(16))

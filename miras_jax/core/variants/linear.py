@@ -25,9 +25,9 @@ def linear_attention() -> Rule:
 
 
 def retnet() -> Rule:
-    """M_t = keep M + v k^T (arXiv 2307.08621, eq. 6), at learn = 1.
+    """M_t = keep M + v k^T (arXiv 2307.08621), at learn = 1.
 
-    keep is a constant of the head h = 0, 1, ...: 1 - 2^(-5-h) (eq. 8).
+    keep is a constant of the head h = 0, 1, ...: 1 - 2^(-5-h).
     """
     return Rule(Linear(), DotProduct(), Decay(), GradientDescent(), chunk_size=1)
 
@@ -36,13 +36,13 @@ def lightning_attention() -> Rule:
     """M_t = keep M + v k^T (Lightning Attention-2, arXiv 2401.04658): RetNet's rule.
 
     keep is a constant of head h of H and of layer l of L, exp(-(8 h / H) (1 - l / L))
-    (TransNormerLLM, arXiv 2307.14995, section 3.1); learn = 1.
+    (TransNormerLLM, arXiv 2307.14995); learn = 1.
     """
     return retnet()
 
 
 def mamba2() -> Rule:
-    """M_t = keep M + learn v k^T (arXiv 2405.21060, section 5): RetNet's rule.
+    """M_t = keep M + learn v k^T (arXiv 2405.21060): RetNet's rule.
 
     learn = dt = softplus(x w + b) and keep = exp(-a dt) with a > 0, both one per head
     and token; k = B_t and q = C_t are shared by the heads.
@@ -54,23 +54,23 @@ def dfw() -> Rule:
     """M_t = (keep_value keep^T) * M + v k^T, decaying fast weights, at learn = 1.
 
     Both factors are channel-wise sigmoids of projections of the token (arXiv
-    2210.04243, section 3).
+    2210.04243).
     """
     rule = retnet()
     return replace(rule, retention=Decay(axis="both"))
 
 
 def gla() -> Rule:
-    """M_t = M Diag(keep) + v k^T (arXiv 2312.06635, eq. 3), at learn = 1.
+    """M_t = M Diag(keep) + v k^T (arXiv 2312.06635), at learn = 1.
 
     RetNet's rule with one keep per key channel: sigmoid(x W_1 W_2 + b)^(1/16) of rank
-    16 (section 4.4).
+    16.
     """
     return retnet()
 
 
 def hgrn2() -> Rule:
-    """M_t = M Diag(keep) + v (1 - keep)^T (arXiv 2404.07904, section 3): GLA's rule.
+    """M_t = M Diag(keep) + v (1 - keep)^T (arXiv 2404.07904): GLA's rule.
 
     The key is one minus the forget gate, which is a sigmoid above a lower bound that
     rises with the layer; learn = 1. Table 1 of Miras marks the bias as L1, whose
@@ -81,12 +81,12 @@ def hgrn2() -> Rule:
 
 
 def mamba() -> Rule:
-    """h_t = keep * h + learn x B_t, y_t = C_t^T h_t (S6, arXiv 2312.00752, eq. 2).
+    """h_t = keep * h + learn x B_t, y_t = C_t^T h_t (S6, arXiv 2312.00752).
 
     GLA's rule, a head for each channel: value_dim 1 (x, a single number), key_dim N,
     and k = B_t and q = C_t shared by all channels. learn = dt = softplus(x W_1 W_2 + b)
-    and keep = exp(dt A), A < 0 of size N per channel, that is, the discretisation of
-    eq. 4 with dt B for the input (sections 3.2 and 3.6).
+    and keep = exp(dt A), A < 0 of size N per channel, that is, the zero-order hold
+    with dt B for the input.
     """
     return gla()
 
@@ -94,10 +94,10 @@ def mamba() -> Rule:
 def longhorn_diagonal() -> Rule:
     """h_t = (1 - learn k * k) * h + learn v k, learn = b / (1 + b |k|^2).
 
-    What Longhorn's kernel computes in place of `longhorn` (arXiv 2407.14207, section
-    3.2): its transition I - learn k k^T without what is off the diagonal. With a learn
-    per value channel that is Mamba's rule, a head of value_dim 1 for each, at keep = 1
-    - learn k * k; b is a sigmoid.
+    What Longhorn's kernel computes in place of `longhorn` (arXiv 2407.14207): its
+    transition I - learn k k^T without what is off the diagonal. With a learn per value
+    channel that is Mamba's rule, a head of value_dim 1 for each, at keep = 1 - learn k
+    * k; b is a sigmoid.
     """
     return mamba()
 
@@ -106,7 +106,7 @@ def longhorn_diagonal() -> Rule:
 
 
 def delta_net() -> Rule:
-    """M_t = M (I - learn k k^T) + learn v k^T (arXiv 2406.06484, eq. 2).
+    """M_t = M (I - learn k k^T) + learn v k^T (arXiv 2406.06484).
 
     learn is a sigmoid, one per head and token; keys have norm one.
     """
@@ -114,7 +114,7 @@ def delta_net() -> Rule:
 
 
 def gated_delta_net() -> Rule:
-    """M_t = keep M (I - learn k k^T) + learn v k^T (arXiv 2412.06464, eq. 10).
+    """M_t = keep M (I - learn k k^T) + learn v k^T (arXiv 2412.06464).
 
     The error is taken at the decayed memory. learn is a sigmoid, keep Mamba2's.
     """
@@ -125,13 +125,13 @@ def gated_delta_net() -> Rule:
 def gated_delta_net_miras() -> Rule:
     """M_t = M (keep I - learn k k^T) + learn v k^T: the error at the old memory.
 
-    The gated delta rule in the form that Miras and Titans give it (Titans, appendix C).
+    The gated delta rule as Titans has it without momentum (arXiv 2501.00663, app. C).
     """
     return Rule(Linear(), L2(), Decay(), GradientDescent(), chunk_size=1)
 
 
 def kimi_delta_attention() -> Rule:
-    """M_t = M Diag(keep) (I - learn k k^T) + learn v k^T (arXiv 2510.26692, eq. 1).
+    """M_t = M Diag(keep) (I - learn k k^T) + learn v k^T (arXiv 2510.26692).
 
     Gated DeltaNet's rule with one keep per key channel, a low-rank projection of the
     token under Mamba2's activation; learn is a sigmoid.
@@ -142,7 +142,7 @@ def kimi_delta_attention() -> Rule:
 def delta_product(steps: int = 2) -> Rule:
     """`steps` delta rules per token, each with a key, value and learn of its own.
 
-    Gated DeltaProduct, arXiv 2502.10297, section 3; one step is Gated DeltaNet.
+    Gated DeltaProduct, arXiv 2502.10297; one step is Gated DeltaNet.
     """
     algorithm = GradientDescent(at="retained", steps=steps)
     return Rule(Linear(), L2(), Decay(), algorithm, chunk_size=1)
@@ -164,7 +164,7 @@ def longhorn() -> Rule:
     """M_t = M (I - s k k^T) + s v k^T, s = learn / (1 + learn |k|^2).
 
     The exact online solution of |M - M_{t-1}|^2 + learn |M k - v|^2, learn one number
-    or one per value channel, a sigmoid (arXiv 2407.14207, eq. 6 and 7).
+    or one per value channel, a sigmoid (arXiv 2407.14207).
     """
     return Rule(Linear(), L2(), Keep(), Implicit(), chunk_size=1)
 
@@ -173,7 +173,7 @@ def mesa_net() -> Rule:
     """M_t = G_t (H_t + Lambda)^-1, G = keep G + learn v k^T, H = keep H + learn k k^T.
 
     The least-squares solution of all pairs so far by 30 rounds of conjugate gradients
-    (MesaNet, arXiv 2506.05233, eq. 6 to 9): learn and keep sigmoids per token and head,
+    (MesaNet, arXiv 2506.05233): learn and keep sigmoids per token and head,
     Lambda learned per key channel, at least 0.25 and 1 at first.
     """
     return Rule(Linear(), L2(), Decay(), Newton(), chunk_size=1)
