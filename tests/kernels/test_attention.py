@@ -164,30 +164,32 @@ def forward_and_backward(segments=None, window=None):
     return run
 
 
-class TestCompiledForTPU:
-    """One kernel forward, two backward, by the real compiler."""
+@pytest.fixture
+def compiler():
+    """TPU: one kernel forward, two backward, by the real compiler."""
+    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is missing")
 
-    @pytest.fixture(autouse=True)
-    def compiler(self):
-        pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is missing")
 
-    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-    def test_with_heads_of_128_channels(self, dtype):
-        run = forward_and_backward(jnp.zeros((2, 160), jnp.int32), window=40)
-        program = tpu.compile_for("v5e", run, *shapes(128, dtype))
-        assert program.as_text().count('"tpu_custom_call"') == 3
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_heads_of_128_channels_compile(dtype):
+    run = forward_and_backward(jnp.zeros((2, 160), jnp.int32), window=40)
+    program = tpu.compile_for("v5e", run, *shapes(128, dtype))
+    assert program.as_text().count('"tpu_custom_call"') == 3
 
-    def test_with_heads_of_64_channels_on_a_mesh(self):
-        tpu.prepare()
-        devices = np.array(tpu.topology("v5e").devices).reshape(2, 2)
-        mesh = Mesh(devices, ("data", "model"))
-        place = NamedSharding(mesh, P("data", None, "model"))
-        operands = shapes(64, jnp.bfloat16, sharding=place)
-        with target("tpu"), split_over(mesh, "data", "model"):
-            lowered = jax.jit(forward_and_backward()).lower(*operands)
-        text = lowered.compile().as_text()
-        assert text.count('"tpu_custom_call"') == 3
-        assert "all-" not in text and "collective-" not in text
+
+@pytest.mark.usefixtures("compiler")
+def test_heads_of_64_channels_compile_for_a_mesh():
+    tpu.prepare()
+    devices = np.array(tpu.topology("v5e").devices).reshape(2, 2)
+    mesh = Mesh(devices, ("data", "model"))
+    place = NamedSharding(mesh, P("data", None, "model"))
+    operands = shapes(64, jnp.bfloat16, sharding=place)
+    with target("tpu"), split_over(mesh, "data", "model"):
+        lowered = jax.jit(forward_and_backward()).lower(*operands)
+    text = lowered.compile().as_text()
+    assert text.count('"tpu_custom_call"') == 3
+    assert "all-" not in text and "collective-" not in text
 
 
 def lowered_for_cuda(*operands, **options):
@@ -196,90 +198,96 @@ def lowered_for_cuda(*operands, **options):
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-class TestOnAGPU:
-    """As far as can be seen without one."""
-
-    @pytest.fixture
-    def with_cudnn(self, monkeypatch):
-        """JAX asks the library for its version only, until a program is compiled."""
-        version = SimpleNamespace(cudnn_get_version=lambda: 91000)
-        monkeypatch.setattr(cudnn, "cuda_versions", version)
-
-    @pytest.mark.usefixtures("with_cudnn")
-    @pytest.mark.parametrize("window", [None, 40])
-    def test_cudnn_is_called(self, window):
-        text = lowered_for_cuda(*shapes(64, jnp.bfloat16), window=window)
-        assert text.count("@__cudnn$fmhaSoftmax(") == 1
-        assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
-        length = f"sliding_window_length\\22: {window or 0}"
-        assert text.count(length) == 2
-
-    @pytest.mark.usefixtures("with_cudnn")
-    @pytest.mark.parametrize(
-        "changes, reason",
-        [
-            ({"dtype": jnp.float32}, "float32"),
-            ({"channels": 20, "window": 40}, "multiple of 8.*no window"),
-            ({"channels": 256}, "<= 128"),
-            ({"segments": np.zeros((2, 160), np.int32), "window": 40}, "no window"),
-        ],
-    )
-    def test_what_no_kernel_takes_is_plain_or_an_error_that_says_why(
-        self, changes, reason
-    ):
-        options = {"channels": 64, "dtype": jnp.bfloat16} | changes
-        operands = [
-            jnp.zeros(x.shape, x.dtype)
-            for x in shapes(options.pop("channels"), options.pop("dtype"))
-        ]
-        with target("gpu"):
-            assert implementation_of(*operands, **options) == "reference"
-            with pytest.raises(Unsupported, match=reason):
-                attention(*operands, **options, implementation="gpu")
-
-    def test_without_cudnn_there_is_the_kernel_in_triton(self):
-        text = lowered_for_cuda(*shapes(64, jnp.bfloat16))
-        assert "cudnn" not in text and text.count("__gpu$xla.gpu.triton") == 3
-
-    def test_the_kernel_in_triton_gives_the_same(self):
-        operands, segments = inputs(2, 150, 150, 4, 2, 16, 16, jnp.bfloat16)
-        expected = both(operands, "reference", segments, None)
-        with target("gpu", interpret=True):
-            found = errors(both(operands, "gpu", segments, None), expected)
-        assert max(found.values()) < 1e-2, found
+# On a GPU, as far as can be seen without one.
 
 
-class TestChoice:
-    def test_on_a_cpu_the_code_is_plain(self):
-        operands, _ = inputs(1, 128, 128, 1, 1, 8, 8)
-        assert implementation_of(*operands) == "reference"
-        with pytest.raises(ValueError, match="needs a TPU and the backend is cpu"):
-            attention(*operands, implementation="tpu")
-        with pytest.raises(ValueError, match="no implementation 'splash'"):
-            attention(*operands, implementation="splash")
+@pytest.fixture
+def with_cudnn(monkeypatch):
+    """JAX asks the library for its version only, until a program is compiled."""
+    version = SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr(cudnn, "cuda_versions", version)
 
-    @pytest.mark.parametrize(
-        "changes, reason",
-        [
-            ({"length": 127}, "127 tokens"),
-            ({"dtype": jnp.float16}, "float16"),
-            ({"always": np.zeros((2, 1, 1, 8))}, "all tokens see"),
-        ],
-    )
-    def test_what_a_tpu_kernel_does_not_take(self, changes, reason):
-        options = {"length": 128, "dtype": np.float32} | changes
-        length, dtype = options.pop("length"), options.pop("dtype")
-        operands, _ = inputs(1, length, 128, 1, 1, 8, 8, dtype)
-        with target("tpu"):
-            assert implementation_of(*operands, **options) == "reference"
-            with pytest.raises(Unsupported, match=reason):
-                attention(*operands, **options, implementation="tpu")
 
-    def test_a_rule_says_why_its_kernel_cannot_run(self):
-        rule = variants.softmax_attention()
-        params = rule.init(jax.random.key(0), 8, 8)
-        token = np.ones((1, 8), np.float32)
-        tokens = miras.Tokens(token, token, token, miras.Rates())
-        with target("tpu"), pytest.raises(UserError, match="1 tokens are less"):
-            state = rule.start(params)
-            miras.run(rule, params, state, tokens, implementation="pallas")
+@pytest.mark.usefixtures("with_cudnn")
+@pytest.mark.parametrize("window", [None, 40])
+def test_cudnn_is_called(window):
+    text = lowered_for_cuda(*shapes(64, jnp.bfloat16), window=window)
+    assert text.count("@__cudnn$fmhaSoftmax(") == 1
+    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+    length = f"sliding_window_length\\22: {window or 0}"
+    assert text.count(length) == 2
+
+
+@pytest.mark.usefixtures("with_cudnn")
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"dtype": jnp.float32}, "float32"),
+        ({"channels": 20, "window": 40}, "multiple of 8.*no window"),
+        ({"channels": 256}, "<= 128"),
+        ({"segments": np.zeros((2, 160), np.int32), "window": 40}, "no window"),
+    ],
+)
+def test_what_no_kernel_takes_is_plain_or_an_error_that_says_why(changes, reason):
+    options = {"channels": 64, "dtype": jnp.bfloat16} | changes
+    operands = [
+        jnp.zeros(x.shape, x.dtype)
+        for x in shapes(options.pop("channels"), options.pop("dtype"))
+    ]
+    with target("gpu"):
+        assert implementation_of(*operands, **options) == "reference"
+        with pytest.raises(Unsupported, match=reason):
+            attention(*operands, **options, implementation="gpu")
+
+
+def test_without_cudnn_there_is_the_kernel_in_triton():
+    text = lowered_for_cuda(*shapes(64, jnp.bfloat16))
+    assert "cudnn" not in text and text.count("__gpu$xla.gpu.triton") == 3
+
+
+def test_the_kernel_in_triton_gives_the_same():
+    operands, segments = inputs(2, 150, 150, 4, 2, 16, 16, jnp.bfloat16)
+    expected = both(operands, "reference", segments, None)
+    with target("gpu", interpret=True):
+        found = errors(both(operands, "gpu", segments, None), expected)
+    assert max(found.values()) < 1e-2, found
+
+
+# The choice.
+
+
+def test_on_a_cpu_the_code_is_plain():
+    operands, _ = inputs(1, 128, 128, 1, 1, 8, 8)
+    assert implementation_of(*operands) == "reference"
+    with pytest.raises(ValueError, match="needs a TPU and the backend is cpu"):
+        attention(*operands, implementation="tpu")
+    with pytest.raises(ValueError, match="no implementation 'splash'"):
+        attention(*operands, implementation="splash")
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"length": 127}, "127 tokens"),
+        ({"dtype": jnp.float16}, "float16"),
+        ({"always": np.zeros((2, 1, 1, 8))}, "all tokens see"),
+    ],
+)
+def test_what_a_tpu_kernel_does_not_take(changes, reason):
+    options = {"length": 128, "dtype": np.float32} | changes
+    length, dtype = options.pop("length"), options.pop("dtype")
+    operands, _ = inputs(1, length, 128, 1, 1, 8, 8, dtype)
+    with target("tpu"):
+        assert implementation_of(*operands, **options) == "reference"
+        with pytest.raises(Unsupported, match=reason):
+            attention(*operands, **options, implementation="tpu")
+
+
+def test_a_rule_says_why_its_kernel_cannot_run():
+    rule = variants.softmax_attention()
+    params = rule.init(jax.random.key(0), 8, 8)
+    token = np.ones((1, 8), np.float32)
+    tokens = miras.Tokens(token, token, token, miras.Rates())
+    with target("tpu"), pytest.raises(UserError, match="1 tokens are less"):
+        state = rule.start(params)
+        miras.run(rule, params, state, tokens, implementation="pallas")
