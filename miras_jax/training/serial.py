@@ -17,6 +17,7 @@ def to_json(value: Any) -> Any:
     """The JSON form of nested dataclasses, functions, tuples and plain values."""
     if is_dataclass(value):
         kind = type(value)
+        _check_importable(kind)
         parts = {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
         return {"is": f"{kind.__module__}.{kind.__qualname__}", **parts}
     if isinstance(value, list | tuple):
@@ -79,6 +80,18 @@ def first_difference(saved: Any, given: Any, path: str = "") -> str | None:
         if (difference := first_difference(ours, theirs, below)) is not None:
             return difference
     return None
+
+
+def _check_importable(kind: type) -> None:
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        _find(name)
+    except UserError as error:
+        raise UserError(
+            f"{name} cannot be stored with the run: evaluate and generate could not "
+            "import it. Define it at the top of a module that Python finds (a file in "
+            "this folder, with PYTHONPATH=.), not in the experiment file"
+        ) from error
 
 
 def _find(name: str) -> Any:

@@ -129,6 +129,14 @@ def test_a_function_without_a_name_of_its_own_is_refused():
             to_json(Holder(function))
 
 
+def test_a_class_that_other_commands_could_not_import_is_refused():
+    class Local(Holder):
+        pass
+
+    with pytest.raises(UserError, match="at the top of a module"):
+        to_json(Local(double))
+
+
 @pytest.mark.parametrize("name", ["no_such_module.f", f"{__name__}.no_such_name"])
 def test_what_cannot_be_imported_is_named(name):
     with pytest.raises(UserError, match=f"the run uses {name}"):
