@@ -3,15 +3,90 @@
 Each is a UserError that names the fix.
 """
 
-from miras_jax.core.algorithm import NonParametric
-from miras_jax.core.bias import L2
-from miras_jax.core.retention import Keep
-from miras_jax.core.types import Tokens
+from dataclasses import is_dataclass
+
+import jax
+
+from miras_jax.core.algorithm import Algorithm, NonParametric
+from miras_jax.core.bias import L2, Bias
+from miras_jax.core.memory import Memory
+from miras_jax.core.retention import Keep, Retention
+from miras_jax.core.types import Rates, Tokens, Weights
 from miras_jax.errors import UserError
+
+PROTOCOLS = {
+    "memory": Memory,
+    "bias": Bias,
+    "retention": Retention,
+    "algorithm": Algorithm,
+}
+
+
+def complete(rule) -> None:
+    """Whether each choice is a value, and has all that a rule needs of its kind."""
+    for axis, protocol in PROTOCOLS.items():
+        choice = getattr(rule, axis)
+        kind = type(choice)
+        if not (is_dataclass(kind) and kind.__dataclass_params__.frozen):
+            raise UserError(
+                f"Rule({axis}=...) is an instance of a class with "
+                f"@dataclass(frozen=True, repr=False) and the base Choice; got "
+                f"{choice!r}."
+            )
+        names = [*protocol.__annotations__, *vars(protocol)]
+        missing = [
+            name
+            for name in names
+            if not (name.startswith("_") or hasattr(choice, name))
+            # What only some need: a memory that is read, a step at a chunk's end.
+            and not (name == "read" and rule.keeps_tokens)
+            and not (name == "provisional" and not getattr(choice, "settles", True))
+        ]
+        if missing:
+            base = {"retention": "Gate", "algorithm": "Descent"}.get(axis)
+            raise UserError(
+                f"{choice} lacks {', '.join(missing)}: see {protocol.__name__} in "
+                f"miras_jax.core.{axis} for what a rule needs of it"
+                + (f"; derived from {axis}.{base}, it has the usual." if base else ".")
+            )
+    for name in rule.rates:
+        if name not in Rates._fields:
+            raise UserError(
+                f"{rule} uses rates.{name}, and the rates are "
+                f"{', '.join(Rates._fields)}. A new one is a field of Rates; "
+                "CONTRIBUTING.md says what else."
+            )
+    in_step, in_flow = (_definer(rule.algorithm, name) for name in ("step", "flow"))
+    if in_step is not in_flow and issubclass(in_step, in_flow):
+        raise UserError(
+            f"{in_step.__name__} has a step of its own and the flow of "
+            f"{in_flow.__name__}: blocks of tokens would follow another recurrence. "
+            "Write flow for it, too."
+        )
+
+
+def _definer(choice, name: str) -> type:
+    """The class from which it has a method."""
+    return next(kind for kind in type(choice).__mro__ if name in vars(kind))
+
+
+def scaled(rule, dual: Weights) -> None:
+    """Whether the factor of the linear readout is one that products can take."""
+    if rule.retention.is_identity or rule.reads_exactly:
+        return
+    for matrix in dual:
+        shape = jax.eval_shape(rule.retention.scale, matrix).shape
+        if shape not in ((), (1, 1), (1, matrix.shape[1])):
+            raise UserError(
+                f"scale of {rule.retention} has shape {shape} for a matrix "
+                f"{matrix.shape}; the linear readout takes one number, or one for "
+                "each output. Give the mean, or use readout='exact'."
+            )
 
 
 def possible(rule) -> None:
     """Whether a rule's four choices, chunk size and readout go together."""
+    complete(rule)
     if rule.readout not in ("linear", "exact", "start"):
         raise UserError(
             f"Rule(readout=...) is 'linear', 'exact' or 'start'; got {rule.readout!r}."

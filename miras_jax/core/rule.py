@@ -111,6 +111,7 @@ class Rule(Choice):
             return attention.start(self.memory.window, params)
         dtype = state_dtype(*params.weights)
         dual = tuple(self.retention.dual(w.astype(dtype)) for w in params.weights)
+        checks.scaled(self, dual)
         past = window.empty(self.algorithm.window, dual, self.memory.entries)
         momentum, curvature = self.algorithm.start(dual), ()
         if self.algorithm.curves:

@@ -81,7 +81,9 @@ def brief(choice: Choice) -> str:
 
 
 def _short(value) -> str:
-    return brief(value) if isinstance(value, Choice) else str(value)
+    if isinstance(value, Choice):
+        return brief(value)
+    return getattr(value, "__qualname__", str(value))
 
 
 def loss(choice: bias.Bias) -> str:

@@ -247,7 +247,7 @@ def inputs(case, length=LENGTH, seed=0):
     learn_dim = key_dim if rule.algorithm.axis == "key" else value_dim
     erases = "erase" in rule.rates
     has_momentum = "momentum" in rule.rates
-    has_threshold = isinstance(rule.bias, bias.Huber)
+    has_threshold = "threshold" in rule.rates
     rates = miras.Rates(
         learn=rate("learn", 0.1, 0.6, learn_dim, pairs) / steps
         if "learn" in rule.rates

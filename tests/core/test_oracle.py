@@ -14,14 +14,6 @@ from tests.core import Case, error, oracle, recurrences
 pytestmark = pytest.mark.usefixtures("float64")
 
 CASES = core.all_cases()
-NONLINEAR = (
-    retention.Lq,
-    retention.KL,
-    retention.FDivergence,
-    retention.ElasticNet,
-    retention.Bregman,
-    retention.Sphere,
-)
 
 
 def configurations():
@@ -38,7 +30,7 @@ def configurations():
         alone = learner.erases or learner.curves or case.rule.keeps_tokens
         if case.rule.algorithm.at == "previous" and not alone:
             yield case, 4, readout
-            nonlinear = isinstance(case.rule.retention, NONLINEAR)
+            nonlinear = not case.rule.retention.is_identity
             nonlinear |= isinstance(case.rule.algorithm, algorithm.Muon)
             if nonlinear and readout == "linear":
                 yield case, 4, "exact"

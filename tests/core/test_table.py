@@ -3,12 +3,12 @@
 import re
 from dataclasses import dataclass, replace
 
+import jax.numpy as jnp
 import pytest
 
 import miras_jax as miras
 from miras_jax import algorithm, bias, memory, retention, variants
 from miras_jax.core import table
-from miras_jax.core.retention.gate import Gate
 from miras_jax.core.types import Choice
 
 WRITTEN = {
@@ -75,10 +75,16 @@ class Strange(Choice):
 
     rates = ()
 
+    def loss(self, prediction, value, threshold=None): ...
+
+    def cotangent(self, prediction, value, threshold=None): ...
+
 
 @dataclass(frozen=True, repr=False)
-class Shrunk(Gate):
+class Shrunk(retention.Identity):
     """A gate that the table knows nothing of."""
+
+    is_identity = False
 
 
 def test_an_idea_without_a_piece_is_written_by_its_name():
@@ -86,6 +92,7 @@ def test_an_idea_without_a_piece_is_written_by_its_name():
     assert table.write_rule(rule) == "Aₜ = αₜ Aₜ₋₁ − ηₜ ∇ℓ, Wₜ = Shrunk(Aₜ)"
     assert table.loss(rule.bias) == "Strange(M(k), v)"
     assert table.loss(bias.Lp(1.0)) == "Σ|r|"
+    assert table.brief(bias.Function(jnp.dot)) == "Function(function=dot)"
 
 
 def test_markdown_has_a_line_for_every_rule_and_no_bar_inside_a_cell():

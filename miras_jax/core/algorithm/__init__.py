@@ -7,6 +7,7 @@ for a block of tokens (`flow`, as coefficients of the linear recurrences). One t
 """
 
 from miras_jax.core.algorithm.descent import Algorithm as Algorithm
+from miras_jax.core.algorithm.descent import Descent as Descent
 from miras_jax.core.algorithm.descent import EraseWrite as EraseWrite
 from miras_jax.core.algorithm.descent import GradientDescent as GradientDescent
 from miras_jax.core.algorithm.descent import Implicit as Implicit

@@ -54,8 +54,8 @@ def _check_at(at: str) -> None:
         )
 
 
-class _Descent(Choice):
-    """One step per token, which enters the dual as it is."""
+class Descent(Choice):
+    """What most algorithms have in common: one step, which enters the dual as it is."""
 
     rates = ()
     steps = 1
@@ -63,9 +63,12 @@ class _Descent(Choice):
     erases = False
     axis = "value"
     curves = False
-    settles = False
     strides = False
     window = 1
+
+    @property
+    def settles(self):
+        return type(self).settle is not Descent.settle
 
     def step_size(self, learn, keys):
         return learn
@@ -84,7 +87,7 @@ class _Descent(Choice):
 
 
 @dataclass(frozen=True, repr=False)
-class GradientDescent(_Descent):
+class GradientDescent(Descent):
     """step_s = u_s (Miras, eq. 5).
 
     The gradient is taken at the weights before this token's decay (Miras, Titans) or,
@@ -118,7 +121,7 @@ class GradientDescent(_Descent):
 
 
 @dataclass(frozen=True, repr=False)
-class Implicit(_Descent):
+class Implicit(Descent):
     """W_s = argmin |W - keep_s W_{s-1}|^2 / 2 learn_s + loss(W): the proximal step.
 
     For a plain matrix and the L2 bias that is the delta rule at the decayed weights
@@ -136,7 +139,7 @@ class Implicit(_Descent):
 
 
 @dataclass(frozen=True, repr=False)
-class EraseWrite(_Descent):
+class EraseWrite(Descent):
     """step_s = learn_s k_s v_s^T - (erase_s * e_s) M(e_s)^T, e = `tokens.erase_keys`.
 
     The L2 gradient k M(k)^T - k v^T taken apart: what is recalled at one key is erased,
@@ -154,7 +157,7 @@ class EraseWrite(_Descent):
 
 
 @dataclass(frozen=True, repr=False)
-class Momentum(_Descent):
+class Momentum(Descent):
     """step_s = m_s = momentum_s m_{s-1} + u_s (Titans, eq. 9 and 13), from m_0 = 0."""
 
     at: At = "previous"
@@ -177,7 +180,7 @@ class Momentum(_Descent):
 
 
 @dataclass(frozen=True, repr=False)
-class NonParametric(_Descent):
+class NonParametric(Descent):
     """No step: the solution for all tokens that memory.Cache keeps (Table 1)."""
 
     at = "previous"

@@ -93,8 +93,6 @@ class Muon(Momentum):
     iterations: int = 5
     learn: Literal["inside", "outside"] = "inside"
 
-    settles = True
-
     def __post_init__(self):
         super().__post_init__()
         if self.iterations < 1:

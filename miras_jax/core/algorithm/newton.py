@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from miras_jax.core import causal
-from miras_jax.core.algorithm.descent import _Descent
+from miras_jax.core.algorithm.descent import Descent
 from miras_jax.core.product import Dot
 from miras_jax.core.types import Weights
 from miras_jax.errors import UserError
@@ -23,7 +23,7 @@ CONVERGED = 8
 
 
 @dataclass(frozen=True, repr=False)
-class Newton(_Descent):
+class Newton(Descent):
     """W_s = (H_s + Lambda)^{-1} G_s, the exact minimum of the L2 loss on all pairs.
 
         G_s = keep_s G_{s-1} + learn_s k_s v_s^T,    G_0 = Lambda W_0

@@ -8,6 +8,8 @@ matrix `[in, out]` of the memory.
 """
 
 from miras_jax.core.retention.gate import Decay as Decay
+from miras_jax.core.retention.gate import Gate as Gate
+from miras_jax.core.retention.gate import Identity as Identity
 from miras_jax.core.retention.gate import Keep as Keep
 from miras_jax.core.retention.gate import Retention as Retention
 from miras_jax.core.retention.mirror import Bregman as Bregman

@@ -28,7 +28,10 @@ class Retention(Protocol):
         """A_0 from the learned initial weights `params.weights`."""
 
     def scale(self, dual: jax.Array) -> jax.Array:
-        """Frozen factor s of the linear readout W_s = K_s W_c + s U_s."""
+        """Frozen factor s of the linear readout W_s = K_s W_c + s U_s.
+
+        One number, or one for each output, `[1, out]`.
+        """
 
     def read(
         self, product: Callable[[jax.Array], jax.Array], dual: jax.Array, inputs: int
@@ -51,7 +54,10 @@ class Gate(Choice):
     channelwise = True
     axis = "key"
     transposed = None
-    settles = False
+
+    @property
+    def settles(self):
+        return type(self).settle is not Gate.settle
 
     def read(self, product, dual, inputs):
         return product(self.weights(dual))

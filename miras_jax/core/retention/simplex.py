@@ -124,7 +124,6 @@ class FDivergence(Gate):
 
     rates = ()
     channelwise = False
-    settles = True
 
     def __post_init__(self):
         if self.generator not in _GENERATORS:

@@ -19,7 +19,6 @@ class Sphere(Identity):
 
     is_identity = False
     rates = ()
-    settles = True
 
     def settle(self, anchor, dual):
         before, after = (jnp.sum(x * x, axis=0, keepdims=True) for x in (anchor, dual))
