@@ -11,6 +11,7 @@ table and the plot by position go to experiments/results/compare.
 
 import argparse
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -98,16 +99,27 @@ def table(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def command(about: str, known: Collection[str], folder: str) -> argparse.ArgumentParser:
+    """The parser of a command that does all that is known, or what it is given."""
+
+    def name(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"no {text}; there are {', '.join(known)}")
+        return text
+
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument(
+        "names", nargs="*", type=name, metavar="NAME", help=", ".join(known)
+    )
+    parser.add_argument("--folder", type=Path, default=Path(folder))
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MIXERS))
+    parser = command(__doc__, MIXERS, folder="runs/compare")
     parser.add_argument("--steps", type=int, help="instead of the quickstart's")
-    parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(MIXERS)
-    if unknown:
-        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(MIXERS)}")
     base = quickstart()
     if arguments.steps:
         base = dataclasses.replace(base, steps=arguments.steps)

@@ -12,14 +12,13 @@ measurement is kept in runs/decisions/rows.jsonl, so that a run that was interru
 continues where it stopped; the table goes to experiments/results/decisions.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from experiments.compare import table
+from experiments.compare import command, table
 from experiments.studies.rows import Rows
 from experiments.studies.small import CHUNK, HEADS, WIDTH, experiment
 from miras_jax import bias, memory, retention, variants
@@ -147,16 +146,11 @@ def line(name: str, seeds: list[dict]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ROWS))
+    parser = command(__doc__, ROWS, folder="runs/decisions")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), metavar="N")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N")
-    parser.add_argument("--folder", type=Path, default=Path("runs/decisions"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(ROWS)
-    if unknown:
-        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(ROWS)}")
     kept = Rows(arguments.folder / "rows.jsonl")
     lines = []
     for name in arguments.names or ROWS:

@@ -12,7 +12,6 @@ measurement is kept in runs/models/rows.jsonl, so that a run that was interrupte
 continues where it stopped; the table goes to experiments/results/models.
 """
 
-import argparse
 import dataclasses
 import inspect
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.compare import table
+from experiments.compare import command, table
 from experiments.studies.rows import Rows
 from experiments.studies.small import CHUNK, HEADS, WIDTH, experiment
 from miras_jax.nn import recipes
@@ -97,15 +96,10 @@ def line(name: str, row: dict) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser = command(__doc__, NAMES, folder="runs/models")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N")
-    parser.add_argument("--folder", type=Path, default=Path("runs/models"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(NAMES)
-    if unknown:
-        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(NAMES)}")
     kept = Rows(arguments.folder / "rows.jsonl")
     lines = []
     for name in arguments.names or NAMES:

@@ -12,16 +12,14 @@ in runs/stability/rows.jsonl. A rule takes about a quarter of a minute to compil
 the long row its own time.
 """
 
-import argparse
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import miras_jax as miras
-from experiments.compare import table
+from experiments.compare import command, table
 from experiments.studies.rows import Rows
 from experiments.untrained import rates
 from miras_jax import variants
@@ -104,15 +102,10 @@ def cell(found: dict) -> str:
 
 def main() -> None:
     names = {make.__name__: make for make in variants.ALL}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
+    parser = command(__doc__, names, folder="runs/stability")
     parser.add_argument("--length", type=int, default=LENGTH, metavar="N")
     parser.add_argument("--long", type=int, default=LONG, metavar="N")
-    parser.add_argument("--folder", type=Path, default=Path("runs/stability"))
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(names)
-    if unknown:
-        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(names)}")
     kept = Rows(arguments.folder / "rows.jsonl")
     lines = []
     for name in arguments.names or names:
