@@ -112,10 +112,16 @@ def apply(matrix: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def prefix_sum(selection: np.ndarray, x: jax.Array) -> jax.Array:
-    """selection x for a constant 0/1 matrix, in full precision."""
-    if x.shape[1] == 1 or x.dtype != jnp.float32 or platform() != "tpu":
-        return apply(jnp.asarray(selection, x.dtype), x)
-    return _selected(x, selection)
+    """selection x for a constant 0/1 matrix (or several), in full precision."""
+    if x.shape[1] > 1 and x.dtype == jnp.float32 and platform() == "tpu":
+        flat = _selected(x, selection.reshape(-1, len(x)))
+        return flat.reshape(*selection.shape[:-1], x.shape[1])
+    matrix = jnp.asarray(selection, x.dtype)
+    if matrix.ndim == 2:
+        return apply(matrix, x)
+    # A product for each: code by tiles could not split a single one afterwards.
+    copies = jnp.broadcast_to(x, (len(matrix), *x.shape))
+    return jnp.matmul(matrix, copies, precision=jax.lax.Precision.HIGHEST)
 
 
 # There a product of float32 takes six of bfloat16; three parts of 8 bits make up all of

@@ -205,9 +205,7 @@ def _factors(log_keep: jax.Array) -> jax.Array:
 
     The same whenever a token looks, so that it is computed once.
     """
-    between = jnp.asarray(_halving(len(log_keep))[1], log_keep.dtype)
-    copies = jnp.broadcast_to(log_keep, (len(between), *log_keep.shape))
-    return jnp.exp(jnp.matmul(between, copies, precision=jax.lax.Precision.HIGHEST))
+    return jnp.exp(prefix_sum(_halving(len(log_keep))[1], log_keep))
 
 
 def _summed_decay(log_keep: jax.Array, when: When, sums: jax.Array) -> jax.Array:
