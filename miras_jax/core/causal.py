@@ -26,8 +26,13 @@ from miras_jax.core.types import Side
 
 
 def safe_log(rate: jax.Array) -> jax.Array:
-    """log(rate), finite also where a rate in [0, 1] is or underflows to zero."""
-    return jnp.log(jnp.maximum(rate, jnp.finfo(rate.dtype).tiny))
+    """log(rate), with its gradient finite also where a rate in [0, 1] is about zero.
+
+    Rates below eps^2 count as eps^2, which leaves no trace of what was before. The
+    gradient of the log is a difference of sums, true to eps of them, and is divided by
+    the rate: at the smallest numbers that gives infinities, and 0 * inf behind a max.
+    """
+    return jnp.log(jnp.maximum(rate, jnp.finfo(rate.dtype).eps ** 2))
 
 
 class Flow(NamedTuple):

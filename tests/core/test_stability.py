@@ -70,3 +70,39 @@ def test_outputs_and_gradients_are_finite(case):
         for path, leaf in jax.tree.leaves_with_path(gradients):
             finite = np.isfinite(np.asarray(leaf, np.float32))
             assert np.all(finite), f"gradient {jax.tree_util.keystr(path)}, {name}"
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("channelwise", [False, ("keep",)], ids=["token", "channel"])
+def test_gradients_are_finite_where_a_rate_is_about_zero(channelwise):
+    """Under a loud loss, and those of other tokens what the definition says."""
+    rule = core.small(miras.variants.titans())
+    params, tokens = core.inputs(Case("titans", rule, channelwise), LENGTH)
+    none = np.resize([0, 1e-307, 1e-290, 1e-20], LENGTH)
+    some = np.arange(LENGTH) % 5 == 2
+
+    def changed(rate):
+        shape = (LENGTH,) + (1,) * (rate.ndim - 1)
+        return jnp.where(some.reshape(shape), none.reshape(shape), rate)
+
+    rates = tokens.rates
+    rates = rates._replace(keep=changed(rates.keep), momentum=changed(rates.momentum))
+
+    def loss(rates, implementation):
+        outputs, _ = miras.run(
+            rule,
+            params,
+            rule.start(params),
+            tokens._replace(rates=rates),
+            implementation=implementation,
+        )
+        return 1e30 * jnp.sum(jnp.cos(jnp.arange(outputs.size)) * outputs.ravel())
+
+    found, expected = (
+        core.jit(jax.grad(lambda r, way=way: loss(r, way)))(rates)
+        for way in ("xla", "definition")
+    )
+    for a, b in zip(found, expected, strict=True):
+        if a is not None:
+            assert np.all(np.isfinite(a))
+            assert core.error(a[~some], b[~some]) < 1e-9
