@@ -1,11 +1,22 @@
 """Kernels of the variants, compiled for chips that this machine does not have.
 
-    python -m pallas_kernels.aot tpu --variant moneta yaad memora titans ttt_mlp \\
-        ttt_linear > experiments/kernels/v5e_64.txt
-    python -m pallas_kernels.aot tpu --d 128 --no-xla --variant yaad memora \\
-        gated_delta_net \\
-        > experiments/kernels/v5e_128.txt
+Each table has the command that made it in its first line:
 
-and the like for the other tables here. Expected: the tables as committed, up to changes
-of the compiler (libtpu 0.0.42.1). They are facts of compiled programs, not timings.
+    python -m pallas_kernels.aot tpu --no-xla --into experiments/kernels/v5e_64.txt
+    python -m pallas_kernels.aot tpu --chip v6e --no-xla --passes both \\
+        --into experiments/kernels/v6e_64.txt
+
+and the like. With --into, rows that a table has are not made again: compiling them all
+takes hours, can be cut at any row, and the same command adds what is missing. Which
+rows there are is what was compiled. Of variants that are one program the first in the
+list of variants has a row: retnet for lightning_attention and mamba2, gla for hgrn2,
+mamba for longhorn_diagonal. Softmax attention is no scan and has none.
+
+v5e_64_xla.txt compares six variants with plain XLA and is older; its kernels differ by
+at most 2 % from those of v5e_64.txt.
+
+Expected: the tables as committed, up to changes of the compiler (libtpu 0.0.42.1). They
+are facts of compiled programs, not timings. A row that says "does not compile" has the
+compiler's own words. Those of v6e are an internal error in its register allocator; v5e
+takes the same rules.
 """
