@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import jax
@@ -19,6 +21,31 @@ from pallas_kernels.fused_scan.tiles import (
     each,
     piece,
 )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A `Memory`: row i of another."""
+
+    memory: Memory
+    i: jax.Array
+
+    def load(self, place):
+        tile = self.memory.load((Piece(self.i, 1, 1), *place))
+        return tile.reshape(tile.shape[1:])
+
+    def store(self, place, tile):
+        self.memory.store((Piece(self.i, 1, 1), *place), tile[None])
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A `Memory` that holds a number."""
+
+    literal: Literal
+
+    def load(self, place):
+        return jnp.asarray(self.literal.val, self.literal.aval.dtype)
 
 
 class Emitter:
@@ -152,6 +179,45 @@ class Emitter:
             index = (0,) * out.aval.ndim
             with self.session():
                 self.held[out] = self.result(eqn, index)
+
+    def loop(self, eqn, rounds) -> None:
+        """A `scan`, whose results are slots: the carry at once that of every round."""
+        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        length = eqn.params["length"]
+        inputs = list(map(self._operand, eqn.invars))
+        outputs = [self._slot(*self.slots[var]) for var in eqn.outvars]
+        after = [self._slot(*slot) for slot in rounds.carry]
+        scratch = {
+            key: [self._slot(key, number) for number in numbers]
+            for key, numbers in rounds.scratch.items()
+        }
+        now, before = outputs[:carries], eqn.invars[consts : consts + carries]
+        for atom, memory in zip(before, now, strict=True):
+            self.write(atom, memory)
+
+        def one(i):
+            i = length - 1 - i if eqn.params["reverse"] else i
+            rows = [_Row(memory, i) for memory in inputs[consts + carries :]]
+            ys = [_Row(memory, i) for memory in outputs[carries:]]
+            rounds.body.run(
+                (*inputs[:consts], *now, *rows), (*after, *ys), scratch, self.machine
+            )
+            self.machine.barrier()
+            for var, source, target in zip(eqn.outvars, after, now, strict=False):
+                self.each(var, partial(self._copy, var, source, target))
+
+        self.machine.loop(0, length, one)
+        self.memory.update(zip(eqn.outvars, outputs, strict=True))
+
+    def _copy(self, var, source: Memory, target: Memory, index: Index) -> None:
+        place = self.place(var, index)
+        target.store(place, source.load(place))
+
+    def _operand(self, atom) -> Memory:
+        return _Value(atom) if isinstance(atom, Literal) else self.memory[atom]
+
+    def _slot(self, key, number: int) -> Memory:
+        return self.scratch[key][number]
 
     def write(self, atom, memory: Memory) -> None:
         self.machine.barrier()

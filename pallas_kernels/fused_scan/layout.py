@@ -8,6 +8,9 @@ never stored: each tile of it is computed where it is read. Results of products 
 stay in registers as long as all that live there fit a budget; the others go to scratch
 memory, which a program reads back tile by tile from the second-level cache.
 
+A loop of a fixed number of rounds is a layout in a layout: what enters and leaves it is
+in scratch memory, and a round writes a new carry, which becomes the next one's.
+
 `Layout` decides this from the equations alone; `Layout.run` emits the code.
 """
 
@@ -33,6 +36,8 @@ from pallas_kernels.fused_scan.tiles import (
     axes,
 )
 
+LOOP = "scan"
+
 
 class Tuning(NamedTuple):
     """How a program is laid out; changes its speed, never its result."""
@@ -40,6 +45,14 @@ class Tuning(NamedTuple):
     tile: int = 64  # largest extent of a tile
     held: int = 8192  # bytes of stored results that may live in registers
     chain: int = 8  # equations to be computed again rather than stored
+
+
+class Rounds(NamedTuple):
+    """A loop: its body, the slots that this works in, and those of the new carry."""
+
+    body: "Layout"
+    scratch: dict[Any, list[int]]
+    carry: list[tuple[Any, int]]
 
 
 class Layout:
@@ -53,6 +66,14 @@ class Layout:
         self.jaxpr = jaxpr
         for eqn in jaxpr.eqns:
             _check(eqn)
+        self.loops = {}  # moment of a loop -> Rounds
+        self._looped = frozenset(
+            atom
+            for eqn in jaxpr.eqns
+            if eqn.primitive.name == LOOP
+            for atom in eqn.invars
+            if isinstance(atom, Var)
+        )
         self._plan()
 
     @cached_property
@@ -75,11 +96,18 @@ class Layout:
         readers = defaultdict(set)
         for moment in reversed(range(len(self.jaxpr.eqns))):
             eqn = self.jaxpr.eqns[moment]
-            (out,) = eqn.outvars
             name = eqn.primitive.name
-            if out in self._outputs:
-                readers[out].add((moment, "output"))
-            kept = out in cuts or name in REDUCTIONS
+            for out in eqn.outvars:
+                if out in self._outputs:
+                    readers[out].add((moment, "output"))
+            if name == LOOP:
+                self.kept.update(eqn.outvars)
+                for atom in eqn.invars:
+                    if isinstance(atom, Var):
+                        readers[atom].add((moment, "loop"))
+                continue
+            (out,) = eqn.outvars
+            kept = out in cuts or out in self._looped or name in REDUCTIONS
             # A product that nothing but one output reads is computed as it is stored.
             kept |= name == "dot_general" and [r for _, r in readers[out]] != ["output"]
             if kept:
@@ -98,9 +126,9 @@ class Layout:
                     uses[atom] += 1
         chains, cuts = {}, set()  # equations behind each variable that is not stored
         for eqn in self.jaxpr.eqns:
-            (out,) = eqn.outvars
-            if eqn.primitive.name in (*REDUCTIONS, "dot_general"):
+            if eqn.primitive.name in (*REDUCTIONS, "dot_general", LOOP):
                 continue
+            (out,) = eqn.outvars
             sources = [
                 chains[v]
                 for v in eqn.invars
@@ -116,12 +144,14 @@ class Layout:
 
     def _place(self, readers):
         live = {}  # kept variable -> (last moment, bytes in registers, slot)
-        free = defaultdict(list)
+        self._free = defaultdict(list)
         self.scratch = defaultdict(int)
         self.slots = {}  # variable -> (key, number) of its scratch array, if it has one
         for moment, eqn in enumerate(self.jaxpr.eqns):
-            (out,) = eqn.outvars
-            if out in self.kept:
+            is_loop = eqn.primitive.name == LOOP
+            for out in eqn.outvars:
+                if out not in self.kept:
+                    continue
                 grid = axes(out.aval.shape, self.tuning.tile)
                 # Threads along an axis of length one hold copies of the same entry.
                 size = prod(max(16, axis[0].size) for axis in grid)
@@ -129,20 +159,42 @@ class Layout:
                 held = sum(entry[1] for entry in live.values())
                 # A loop over tiles cannot tell registers apart by its counter.
                 several = any(len(axis) > 1 for axis in grid)
-                if out.aval.shape and (several or held + size > self.tuning.held):
-                    key = (out.aval.shape, jnp.dtype(out.aval.dtype))
-                    if not free[key]:
-                        free[key].append(self.scratch[key])
-                        self.scratch[key] += 1
-                    self.slots[out] = (key, free[key].pop())
+                wide = out.aval.shape and (several or held + size > self.tuning.held)
+                if wide or is_loop or out in self._looped:
+                    self.slots[out] = self._take(_key(out.aval))
                     size = 0
                 last = max((m for m, _ in readers[out]), default=moment)
                 live[out] = (last, size)
+            if is_loop:
+                self._place_loop(moment, eqn)
             for var in [v for v, entry in live.items() if entry[0] <= moment]:
                 del live[var]
                 if var in self.slots:
-                    key, number = self.slots[var]
-                    free[key].append(number)
+                    self._give_back(self.slots[var])
+
+    def _take(self, key):
+        """A slot that is free."""
+        if not self._free[key]:
+            self._free[key].append(self.scratch[key])
+            self.scratch[key] += 1
+        return key, self._free[key].pop()
+
+    def _give_back(self, slot):
+        key, number = slot
+        self._free[key].append(number)
+
+    def _place_loop(self, moment, eqn):
+        body = Layout(eqn.params["jaxpr"].jaxpr, self.tuning)
+        carry = [
+            self._take(_key(var.aval)) for var in eqn.outvars[: eqn.params["num_carry"]]
+        ]
+        taken = [self._take(key) for key, n in body.scratch.items() for _ in range(n)]
+        scratch = defaultdict(list)
+        for key, number in taken:
+            scratch[key].append(number)
+        self.loops[moment] = Rounds(body, scratch, carry)
+        for slot in (*carry, *taken):
+            self._give_back(slot)
 
     def run(
         self,
@@ -159,14 +211,20 @@ class Layout:
         for k, atom in enumerate(self.jaxpr.outvars):
             if isinstance(atom, Literal):
                 emitter.write(atom, outputs[k])
-        for eqn in self.jaxpr.eqns:
-            (out,) = eqn.outvars
-            if out in self.kept:
+        for moment, eqn in enumerate(self.jaxpr.eqns):
+            if moment in self.loops:
+                emitter.loop(eqn, self.loops[moment])
+            elif eqn.outvars[0] in self.kept:
                 emitter.keep(eqn)
             else:
-                emitter.defined[out] = eqn
-            for k in self._outputs.get(out, ()):
-                emitter.write(out, outputs[k])
+                emitter.defined[eqn.outvars[0]] = eqn
+            for out in eqn.outvars:
+                for k in self._outputs.get(out, ()):
+                    emitter.write(out, outputs[k])
+
+
+def _key(aval):
+    return aval.shape, jnp.dtype(aval.dtype)
 
 
 @dataclass(frozen=True)
@@ -205,9 +263,9 @@ def objection(jaxpr: Any, tuning: Tuning, machine: Machine) -> str | None:
 def _check(eqn) -> None:
     name = eqn.primitive.name
     known = name in ELEMENTWISE or name in MOVES or name in REDUCTIONS
-    if not (known or name == "dot_general"):
+    if not (known or name in ("dot_general", LOOP)):
         raise Refused(
             f"has no {name}, which the step uses; a step is made of "
-            "elementwise functions, broadcasts, transposes, sums, maxima and matrix "
-            "products"
+            "elementwise functions, broadcasts, transposes, sums, maxima, matrix "
+            "products and loops of a fixed number of rounds"
         )

@@ -71,6 +71,9 @@ class Machine(Protocol):
     def barrier(self) -> None:
         """What was stored before it is seen by loads after it."""
 
+    def loop(self, first, last, body: Callable[[jax.Array], None]) -> None:
+        """`body(i)` for i from first to last, with a barrier around every round."""
+
 
 ELEMENTWISE = frozenset(
     "abs add add_any and cbrt ceil clamp convert_element_type copy cos div eq erf "

@@ -53,6 +53,7 @@ BY_TILES = (
     "decay-value-channels",
     "memora",
     "gated_delta_net",
+    "mesa_net",
 )
 PAIRS = [
     pytest.param(case, kernel, id=f"{case.name}-{kernel}")
