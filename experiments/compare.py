@@ -4,9 +4,9 @@
     python -m experiments.compare moneta transformer  # some of them
 
 Each model takes the place of Yaad in experiments/quickstart.py, with the MLP's hidden
-width chosen so that the parameter count comes nearest to Yaad's; data, order, optimizer
-and seed are the same. Runs go to runs/compare/NAME and continue where they stopped; the
-table and the plot by position go to experiments/results/compare.
+width chosen so that the parameter count comes nearest to Yaad's, for 300 steps; data,
+order, optimizer and seed are the same. Runs go to runs/compare/NAME and continue where
+they stopped; the table and the plot by position go to experiments/results/compare.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from miras_jax.training.train import train
 HEADS = 3
 WINDOW = 64
 CHUNK = 16
+STEPS = 300
 
 
 def miras(variant) -> Miras:
@@ -117,12 +118,10 @@ def command(about: str, known: Collection[str], folder: str) -> argparse.Argumen
 
 def main() -> None:
     parser = command(__doc__, MIXERS, folder="runs/compare")
-    parser.add_argument("--steps", type=int, help="instead of the quickstart's")
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    base = quickstart()
-    if arguments.steps:
-        base = dataclasses.replace(base, steps=arguments.steps)
+    base = dataclasses.replace(quickstart(), steps=arguments.steps)
     rows, curves = [], {}
     for name in arguments.names or MIXERS:
         print(f"\n{name}", flush=True)

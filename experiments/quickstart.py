@@ -35,7 +35,7 @@ def experiment() -> Experiment:
             tokenizer=BPE(vocab_size=2048),
         ),
         optimizer=Optimizer(learning_rate=3e-3, warmup_steps=20),
-        steps=300,
+        steps=200,
         batch_size=8,
         evaluate_every=50,
         evaluate_windows=32,
