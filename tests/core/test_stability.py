@@ -4,13 +4,15 @@ In bfloat16, as training has it, over several chunks. Longer texts and larger he
 `experiments/studies/stability.py`.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import miras_jax as miras
-from miras_jax import bias
+from miras_jax import bias, variants
 from tests import core
 from tests.core import Case
 
@@ -106,3 +108,24 @@ def test_gradients_are_finite_where_a_rate_is_about_zero(channelwise):
         if a is not None:
             assert np.all(np.isfinite(a))
             assert core.error(a[~some], b[~some]) < 1e-9
+
+
+def test_moneta_goes_on_when_its_dual_has_faded():
+    """Weights A / |A|^2 would be 1e20 where forgetting has left 1e-20 of A."""
+    rule = replace(variants.moneta(), chunk_size=4)
+    params, tokens = core.inputs(Case("moneta", rule), LENGTH)
+    some = np.ones(LENGTH)
+    tokens = tokens._replace(rates=miras.Rates(learn=0 * some, keep=some))
+
+    def loss(params, tokens):
+        state = rule.start(params)
+        faded = tuple(1e-20 * dual for dual in state.dual)
+        outputs, state = miras.run(rule, params, state._replace(dual=faded), tokens)
+        return jnp.sum(outputs), (outputs, rule.weights(state))
+
+    single = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (params, tokens))
+    gradient = core.jit(jax.grad(loss, (0, 1), has_aux=True))
+    gradients, (outputs, weights) = gradient(*single)
+    for leaf in jax.tree.leaves((gradients, outputs, weights)):
+        assert np.all(np.isfinite(leaf))
+    assert max(float(jnp.max(jnp.abs(w))) for w in weights) < 1e9

@@ -22,6 +22,10 @@ def q_norm(x: jax.Array, q: float) -> jax.Array:
     return largest * jnp.where(total > 0, total, 1) ** (1 / q)
 
 
+SMALLEST_NORM = 1e-9
+"""Of a dual, in the printed form of `Lq`: what holds its weights below 1e9."""
+
+
 @dataclass(frozen=True, repr=False)
 class Lq(Gate):
     """L_q memory stability (Miras, section 5.2.4 and eq. 24), Moneta's gate.
@@ -34,6 +38,8 @@ class Lq(Gate):
               dropped; of degree 1.
 
     Norms are per matrix and head. A_0 is the inverse of the map at the initial weights.
+    As printed, W grows without bound while A fades, and behind a LayerNorm, where
+    larger weights have smaller gradients, nothing stops it: |A| counts as 1e-9 or more.
     """
 
     q: float = 4.0
@@ -56,16 +62,15 @@ class Lq(Gate):
         power = dual
         if self.form == "mirror":
             power = jnp.sign(dual) * _power(dual, self.q - 1)
-        return product(power) / _power(q_norm(dual, self.q), self.q - 2)
+        return product(power) / _power(self._norm(dual), self.q - 2)
 
     def weights(self, dual):
-        direction = dual / q_norm(dual, self.q) ** (self.q - 2)
         if self.form == "paper":
-            return direction
+            return dual / self._norm(dual) ** (self.q - 2)
         return (
             jnp.sign(dual)
             * _power(dual, self.q - 1)
-            / _power(q_norm(dual, self.q), self.q - 2)
+            / _power(self._norm(dual), self.q - 2)
         )
 
     def dual(self, weights):
@@ -79,11 +84,15 @@ class Lq(Gate):
         return weights * q_norm(weights, self.q) ** ((self.q - 2) / (3 - self.q))
 
     def scale(self, dual):
-        size = q_norm(dual, self.q)
+        size = self._norm(dual)
         if self.form == "paper":
             return size ** (2 - self.q)
         # The scalar s that brings s A closest to W: <A, W> / <A, A>.
         return size**2 / jnp.sum(jnp.square(dual), keepdims=True)
+
+    def _norm(self, dual):
+        norm = q_norm(dual, self.q)
+        return jnp.maximum(norm, SMALLEST_NORM) if self.form == "paper" else norm
 
 
 def _power(x: jax.Array, exponent: float) -> jax.Array:
