@@ -117,11 +117,12 @@ def prefix_sum(selection: np.ndarray, x: jax.Array) -> jax.Array:
         flat = _selected(x, selection.reshape(-1, len(x)))
         return flat.reshape(*selection.shape[:-1], x.shape[1])
     matrix = jnp.asarray(selection, x.dtype)
-    if matrix.ndim == 2:
-        return apply(matrix, x)
-    # A product for each: code by tiles could not split a single one afterwards.
-    copies = jnp.broadcast_to(x, (len(matrix), *x.shape))
-    return jnp.matmul(matrix, copies, precision=jax.lax.Precision.HIGHEST)
+    if matrix.ndim > 2 and platform() == "gpu":
+        # A product for each: code by tiles could not split a single one afterwards.
+        copies = jnp.broadcast_to(x, (len(matrix), *x.shape))
+        return jnp.matmul(matrix, copies, precision=jax.lax.Precision.HIGHEST)
+    flat = apply(matrix.reshape(-1, len(x)), x)
+    return flat.reshape(*selection.shape[:-1], x.shape[1])
 
 
 # There a product of float32 takes six of bfloat16; three parts of 8 bits make up all of
