@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,32 +21,11 @@ from miras_jax.nn.layers import (
     Projection,
     l2_normalise,
     param,
-    rms_norm,
     rotate,
     split_heads,
 )
+from miras_jax.nn.output import Output
 from miras_jax.nn.rates import Given
-
-
-@dataclass(frozen=True, repr=False)
-class Output(Choice):
-    """What becomes of a head's reading y before the output projection.
-
-    skip: "values" adds d v_t, d learned per head from 1 (Mamba's D); norm: "rms" is
-    RMSNorm per head, with a learned scale; gate: y * f(x W).
-    """
-
-    norm: Literal["rms", "none"] = "rms"
-    gate: Literal["silu", "sigmoid", "gelu", "none"] = "silu"
-    skip: Literal["none", "values"] = "none"
-
-    def __post_init__(self):
-        gates = ("silu", "sigmoid", "gelu", "none")
-        norms, skips = ("rms", "none"), ("none", "values")
-        if not (self.norm in norms and self.gate in gates and self.skip in skips):
-            raise UserError(
-                f"{self}: norm is one of {norms}, gate of {gates}, skip of {skips}."
-            )
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,20 +178,7 @@ class MirasLayer(nnx.Module):
         )
         ridge = memory.ridge
         self.ridge = nnx.data(None if ridge is None else param(ridge, ("memory", None)))
-        read_out, output = heads * value_dim, config.output
-        scale = param(jnp.ones((heads, value_dim)), ("memory", None))
-        self.output_norm = nnx.data(scale if output.norm == "rms" else None)
-        self.skip = nnx.data(
-            param(jnp.ones(heads), ("memory",)) if output.skip == "values" else None
-        )
-        self.gate = nnx.data(
-            None
-            if output.gate == "none"
-            else Projection(width, read_out, ("embed", "heads"), rngs=rngs)
-        )
-        self.output = Projection(
-            read_out, width, ("heads", "embed"), scale=output_scale, rngs=rngs
-        )
+        self.output = config.output.build(heads, value_dim, width, output_scale, rngs)
 
     def _copies(self, rate: str) -> int:
         """How many of a rate each memory needs: learn and threshold one per step."""
@@ -321,19 +287,8 @@ class MirasLayer(nnx.Module):
             tokens, None if fresh else cache.memory, places.documents
         )
         y = jnp.moveaxis(y, 1, 2)
-        if self.skip is not None:
-            values = jnp.moveaxis(tokens.values, 1, 2).astype(y.dtype)
-            per_memory = self.config.num_heads // self.config.memories
-            values = jnp.repeat(values, per_memory, axis=2)
-            y = y + jnp.expand_dims(self.skip[...], (0, 1, 3)).astype(y.dtype) * values
-        if self.output_norm is not None:
-            y = rms_norm(y, self.output_norm[...])
-        y = y.reshape(batch, length, -1)
-        if self.gate is not None:
-            y = y * getattr(jax.nn, self.config.output.gate)(self.gate(x))
-        return self.output(y), None if fresh else MirasCache(
-            window, memory, places.last
-        )
+        y = self.output(y, jnp.moveaxis(tokens.values, 1, 2), x)
+        return y, None if fresh else MirasCache(window, memory, places.last)
 
     def _read(self, tokens, memory, documents):
         """Outputs `[B, H, L, V]` and the memories after these tokens."""

@@ -117,7 +117,7 @@ def test_shards_in_parallel_equal_shards_in_turn():
 def test_a_local_memory_forgets_the_shard_before():
     """Without the global memory nothing crosses from one shard to the next."""
     layer = MIXERS["tnt"]().build(WIDTH, 1.0, nnx.Rngs(0))
-    layer.memory.output.weight[...] = jnp.zeros((WIDTH, WIDTH))
+    layer.memory.output.projection.weight[...] = jnp.zeros((WIDTH, WIDTH))
     graph, params = nnx.split(layer)
     x = np.random.default_rng(0).normal(size=(1, 32, WIDTH)).astype(np.float32)
     jacobian = jit(jax.grad(lambda x: jnp.sum(nnx.merge(graph, params)(x)[0][:, 20])))

@@ -200,8 +200,8 @@ def test_grouped_heads_read_one_memory():
         projection = wide.rates[name].projection
         projection.weight[...] = jnp.repeat(rate.projection.weight[...], 2, axis=-1)
         projection.bias[...] = jnp.repeat(rate.projection.bias[...], 2)
-    wide.gate.weight[...] = layer.gate.weight[...]
-    wide.output.weight[...] = layer.output.weight[...]
+    wide.output.gate.weight[...] = layer.output.gate.weight[...]
+    wide.output.projection.weight[...] = layer.output.projection.weight[...]
 
     def read(layer):
         graph, params = nnx.split(layer)

@@ -237,8 +237,8 @@ def test_miras_layer_with_linear_attention():
                 memory += learn[b, t, h] * np.outer(keys[b, t, h], values[b, t, h])
                 y[b, t, h] = queries[b, t, h] @ memory
     y /= np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + 1e-6)
-    y = (y * np.asarray(layer.output_norm[...])).reshape(x.shape)
-    expected = (y * silu(x @ np.asarray(layer.gate.weight[...]))) @ np.asarray(
-        layer.output.weight[...]
+    y = (y * np.asarray(layer.output.norm[...])).reshape(x.shape)
+    expected = (y * silu(x @ np.asarray(layer.output.gate.weight[...]))) @ np.asarray(
+        layer.output.projection.weight[...]
     )
     assert error(layer(x)[0], expected) < 1e-4

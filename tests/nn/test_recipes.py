@@ -10,7 +10,8 @@ from flax import nnx
 from miras_jax.errors import UserError
 from miras_jax.nn import recipes
 from miras_jax.nn.features import Features
-from miras_jax.nn.miras import Miras, Output
+from miras_jax.nn.miras import Miras
+from miras_jax.nn.output import Output
 from miras_jax.nn.rates import (
     ChunkStart,
     Constants,

@@ -2,7 +2,8 @@
 
 from miras_jax.core import variants
 from miras_jax.nn.features import Features
-from miras_jax.nn.miras import Miras, Output, RateChoices
+from miras_jax.nn.miras import Miras, RateChoices
+from miras_jax.nn.output import Output
 from miras_jax.nn.rates import ExpDecay, LowRank, PerHead
 
 HALF = PerHead("sigmoid", (0.5, 0.5))

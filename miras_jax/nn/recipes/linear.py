@@ -4,7 +4,8 @@ import math
 
 from miras_jax.core import variants
 from miras_jax.nn.features import Features
-from miras_jax.nn.miras import Miras, Output, RateChoices
+from miras_jax.nn.miras import Miras, RateChoices
+from miras_jax.nn.output import Output
 from miras_jax.nn.rates import (
     Constants,
     Discretised,
