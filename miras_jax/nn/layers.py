@@ -20,6 +20,15 @@ def param(value: jax.Array, axes: Axes) -> nnx.Param:
     return nnx.Param(value, axes=axes)
 
 
+def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x @ matrix for `[..., n]`, with the rows of x in one axis.
+
+    With more of them XLA:CPU transposes what the gradient of the matrix is made of, and
+    computes all that is fused with it in that order.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
+
+
 class Projection(nnx.Module):
     """y = x W, or y = x W + b in at least float32 if given an initial bias.
 
@@ -42,7 +51,7 @@ class Projection(nnx.Module):
         self.bias = nnx.data(None if bias is None else param(bias, axes[1:]))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.weight[...].astype(x.dtype)
+        y = multiply(x, self.weight[...].astype(x.dtype))
         if self.bias is None:
             return y
         return y.astype(state_dtype(y)) + jnp.expand_dims(

@@ -11,7 +11,7 @@ from flax import nnx
 from miras_jax.core import variants
 from miras_jax.core.types import Choice
 from miras_jax.errors import UserError
-from miras_jax.nn.layers import Projection, RMSNorm, SwiGLU, param
+from miras_jax.nn.layers import Projection, RMSNorm, SwiGLU, multiply, param
 from miras_jax.nn.miras import Miras
 
 
@@ -187,7 +187,7 @@ class LanguageModel(nnx.Module):
         x, caches = jax.lax.scan(read_group, x, (params, cache))
         x = self.norm(x)
         if self.output is None:
-            logits = x @ self.embedding[...].astype(x.dtype).T
+            logits = multiply(x, self.embedding[...].astype(x.dtype).T)
         else:
             logits = self.output(x)
         return logits.astype(jnp.float32), None if cache is None else caches
