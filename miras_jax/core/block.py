@@ -140,8 +140,8 @@ def block(
         settled = rule.settled(state.dual, after.dual, after.momentum, after.stride)
         after = after._replace(dual=settled, stride=())
     if rule.reads_exactly:
-        read = partial(readout.exactly, dot, rule, params, anchor_dual, state, queries)
-        outputs = read(rates, inputs, cotangents, strides, written, seen.sums)
+        read = partial(readout.exactly, dot, rule, params, anchor_dual, state, flows)
+        outputs = read(queries, rates, inputs, cotangents, strides, written, seen.sums)
     elif rule.readout == "start" and (rule.has_anchor or not rule.is_plain):
         outputs = rule.memory.read(lambda i, x: dot(x, anchor[i]), params, queries)
     else:

@@ -6,6 +6,7 @@ it are taken, by multiplying with constant 0/1 matrices and adding up: exact in 
 dtype, and without a matrix product of a single column.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,6 +53,9 @@ def _general(x, y, axes, accumulator):
         # XLA:CPU lacks this product for some layouts; rounded operands in float32
         # give the same numbers.
         x, y = x.astype(accumulator), y.astype(accumulator)
+    if platform() is None and axes == (-1, -1) and x.shape[-2] == 1 < y.shape[-2]:
+        # XLA:CPU transposes the second operand: let it be the row.
+        return jnp.swapaxes(_general(y, x, axes, accumulator), -1, -2)
     batch = tuple(range(x.ndim - 2))
     contracting = tuple((axis + x.ndim,) for axis in axes)
     is_float32 = x.dtype == jnp.float32
@@ -112,6 +116,16 @@ def apply(matrix: jax.Array, x: jax.Array) -> jax.Array:
     if x.shape[1] == 1:
         return jnp.sum(matrix * row(x), axis=1, keepdims=True)
     return jnp.matmul(matrix, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def total(x: jax.Array) -> jax.Array:
+    """The sum of all entries, `[1, 1]`."""
+    if platform() is None:
+        # XLA:CPU adds up long axes number by number, and short ones that are not the
+        # last by whole rows; the barrier keeps it from making one sum of the two.
+        rows = x.reshape(-1, math.gcd(len(x), 32), x.shape[1])
+        x = jax.lax.optimization_barrier(jnp.sum(rows, axis=1))
+    return jnp.sum(x, keepdims=True)
 
 
 def prefix_sum(selection: np.ndarray, x: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from miras_jax.core import coefficients
 from miras_jax.core.algorithm.muon import TINY_SQUARE
 from miras_jax.core.product import Dot, column
 from miras_jax.core.retention import Retention
+from pallas_kernels.fused_scan import platform
 
 EXACT_READOUT_TOKENS = 8
 """Tokens at most from one matrix that a derivative remembers to the next."""
@@ -60,6 +61,7 @@ def exactly(
     params,
     anchor,
     state,
+    flows,
     queries,
     rates,
     inputs,
@@ -71,9 +73,12 @@ def exactly(
     """Point 4, exact: W_t = weights(settle(A_c, A_t)), token by token.
 
     A matrix at a time: it takes its steps while what its tokens ask of it is read, so
-    that no more than one of a token's own matrices exists. sums `[C, n]`: which pairs
-    make a token's step, where that is more than its own.
+    that no more than one of a token's own matrices exists. Where the weights are the
+    dual times a number, only that number is asked for, and x A_t is read as in the
+    linear readout. sums `[C, n]`: which pairs make a token's step, where that is more
+    than its own.
     """
+    proportional = rule.retention.proportional and not rule.settles
     size = len(queries)
     group = next(n for n in range(EXACT_READOUT_TOKENS, 0, -1) if size % n == 0)
     # Those of a group, one after the other.
@@ -87,11 +92,11 @@ def exactly(
         side, keep = keeps[i]
         stride = strides[i] if strides else None
         view = View.of(rule, state.dual[i])
-        a, d = view.pair(inputs[i], cotangents[i])
+        a, d = view.pair(inputs[i], -cotangents[i])
         start, momentum = map(view.turned, (state.dual[i], state.momentum[i : i + 1]))
         before = view.turned(anchor[i])
         rows = Rows(
-            x,
+            None if proportional else x,
             keep,
             rates.momentum,
             written,
@@ -104,9 +109,9 @@ def exactly(
             own = rows._replace(x=None, pairs=None)
             own = jax.tree.map(partial(_row, one), own)
             if sums is None:
-                step = -dot.columns(one * rows.pairs[0], rows.pairs[1])
+                step = dot.columns(*(_alone(one, part) for part in rows.pairs))
             else:
-                step = -dot.columns(column(_row(one, rows.pairs)) * a, d)
+                step = dot.columns(column(_row(one, rows.pairs)) * a, d)
             if running:
                 step = own.momentum * running[0] + step
                 running = (step,)
@@ -115,18 +120,38 @@ def exactly(
                 dual = dual + (step if written is None else own.written * step)
             sizes = (view.factor(stride.side, own.stride),) if stride else ()
             (settled,) = rule.settled((before,), (dual,), running, sizes)
-            read = view.read(dot, one * rows.x, settled)
+            if proportional:
+                read = one * view.gate.scale(settled)
+            else:
+                read = one * view.read(dot, _alone(one, rows.x), settled)
             return (dual, running, total + read), None
 
         def read_group(carry, rows):
-            total = jnp.zeros((group, state.dual[i].shape[1]), x.dtype)
+            width = 1 if proportional else state.dual[i].shape[1]
+            total = jnp.zeros((group, width), x.dtype)
             body = jax.checkpoint(partial(read_token, rows), prevent_cse=False)
             carry, _ = jax.lax.scan(body, (*carry, total), each_of_group)
             return carry[:2], carry[2]
 
         body = jax.checkpoint(read_group, prevent_cse=False)
         _, outputs = jax.lax.scan(body, (start, momentum), jax.tree.map(grouped, rows))
-        return outputs.reshape(size, -1)
+        outputs = outputs.reshape(size, -1)
+        if not proportional:
+            return outputs
+        unscaled = product_at(
+            dot,
+            rule,
+            flows,
+            state.dual,
+            (1,) * len(flows),
+            state.momentum,
+            strides,
+            inputs,
+            cotangents,
+            i,
+            x,
+        )
+        return outputs * unscaled
 
     return rule.memory.read(product, params, queries)
 
@@ -144,8 +169,8 @@ class View(NamedTuple):
     @staticmethod
     def of(rule, dual) -> "View":
         gate = rule.retention
-        plain = not rule.settles and dual.shape[0] > dual.shape[1]
-        if plain and gate.transposed is not None:
+        plain = not rule.settles and gate.transposed is not None
+        if platform() == "tpu" and plain and dual.shape[0] > dual.shape[1]:
             return View(gate.transposed, True)
         return View(gate, False)
 
@@ -169,12 +194,20 @@ class View(NamedTuple):
 class Rows(NamedTuple):
     """What a token's own weights depend on, beside the state: a row for each."""
 
-    x: jax.Array
+    x: jax.Array | None
     keep: jax.Array | tuple[jax.Array, jax.Array]
     momentum: jax.Array | None
     written: jax.Array | None
     stride: jax.Array | None
     pairs: tuple[jax.Array, jax.Array] | jax.Array
+
+
+def _alone(one: jax.Array, x: jax.Array) -> jax.Array:
+    """The row of x that the mask shows, for a product of it alone.
+
+    Kernels multiply all rows, the others zero, which is what matrix units are fed with.
+    """
+    return _row(one, x) if platform() is None else one * x
 
 
 def _row(one: jax.Array, x: jax.Array) -> jax.Array:

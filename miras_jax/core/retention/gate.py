@@ -33,6 +33,8 @@ class Retention(Protocol):
         One number, or one for each output, `[1, out]`.
         """
 
+    proportional: bool  # whether weights(A) = scale(A) A, with one number for A
+
     def read(
         self, product: Callable[[jax.Array], jax.Array], dual: jax.Array, inputs: int
     ) -> jax.Array:
@@ -53,6 +55,7 @@ class Gate(Choice):
     rates = ("keep",)
     channelwise = True
     axis = "key"
+    proportional = False
     transposed = None
 
     @property
@@ -73,6 +76,7 @@ class Identity(Gate):
     """Weights and dual are the same."""
 
     is_identity = True
+    proportional = True
 
     def weights(self, dual):
         return dual

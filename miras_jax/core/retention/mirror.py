@@ -6,20 +6,27 @@ from typing import Literal, Protocol
 import jax
 import jax.numpy as jnp
 
+from miras_jax.core.product import total
 from miras_jax.core.retention.gate import Gate
 from miras_jax.core.types import Choice
 from miras_jax.errors import UserError
 
 
 def q_norm(x: jax.Array, q: float) -> jax.Array:
-    """|x|_q over all entries, with the largest taken out so that no power overflows.
+    """|x|_q over all entries, scaled by |x|_2 so that no power overflows.
 
-    `[1, 1]`, as all of these: vectors are what a kernel can take powers of.
+    `[1, 1]`, as all of these: vectors are what a kernel can take powers of. A norm of
+    zero counts as 1.
     """
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), keepdims=True))
-    largest = jnp.where(largest > 0, largest, 1)
-    total = jnp.sum(jnp.abs(x * (1 / largest)) ** q, keepdims=True)
-    return largest * jnp.where(total > 0, total, 1) ** (1 / q)
+    square = jax.lax.stop_gradient(total(x * x))
+    scale = jnp.where(square > 0, square, 1) ** 0.5
+    powers = total(_raised(jnp.abs(x * (1 / scale)), q))
+    return scale * jnp.where(powers > 0, powers, 1) ** (1 / q)
+
+
+def _raised(x: jax.Array, q: float) -> jax.Array:
+    """x^q, by products where q is whole."""
+    return x ** (int(q) if q == int(q) else q)
 
 
 SMALLEST_NORM = 1e-9
@@ -52,6 +59,10 @@ class Lq(Gate):
             )
         if self.q <= 1:
             raise UserError(f"retention.Lq needs q > 1; got q={self.q}.")
+
+    @property
+    def proportional(self):
+        return self.form == "paper"
 
     @property
     def transposed(self):
