@@ -22,6 +22,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--passes", nargs="+", choices=("forward", "both"), default=["forward", "both"]
     )
     parser.add_argument(
-        "--into", help="a file that rows are added to, but those that it has"
+        "--into", help="a file that rows are added to, but those that it ends with"
     )
     parser.add_argument("--d", type=int, default=64, help="key and value channels")
     parser.add_argument("--chunk", type=int, default=64)
@@ -64,8 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
 
         # That of both passes has the forward kernel, too.
         found = [case for case in found if case.name.endswith(" both")]
-        with tempfile.TemporaryDirectory() as dump:
-            return gpu.table(found, options.chip or "h100", dump)
+        chip = options.chip or "h100"
+        with (
+            _into(options.into, arguments) as rows,
+            tempfile.TemporaryDirectory() as dump,
+        ):
+            return gpu.table(_rest(found, rows), chip, dump, heading=len(rows) < 2)
     options.chip = options.chip or "v5e"
     if options.xla:
         print(json.dumps(_estimates(found, options.chip)))
@@ -76,20 +81,36 @@ def main(arguments: list[str] | None = None) -> int:
         command = [sys.executable, "-m", "pallas_kernels.aot", *arguments, "--xla"]
         answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         estimates = json.loads(answer.stdout.splitlines()[-1])
-    with contextlib.ExitStack() as stack:
-        if options.into:
-            path = Path(options.into)
-            rows = path.read_text().splitlines() if path.exists() else []
-            # Long runs can be cut and taken up again.
-            done = [row[: COLUMNS["variant"]].strip() for row in rows]
-            found = [case for case in found if case.name not in done]
-            stack.enter_context(contextlib.redirect_stdout(path.open("a")))
-            if not rows:
-                print("$ python -m pallas_kernels.aot", *arguments)
-        dump = stack.enter_context(tempfile.TemporaryDirectory())
-        return _table(
-            found, options.chip, dump, estimates, heading=not options.into or not rows
-        )
+    with _into(options.into, arguments) as rows, tempfile.TemporaryDirectory() as dump:
+        found = _rest(found, rows)
+        return _table(found, options.chip, dump, estimates, heading=len(rows) < 2)
+
+
+@contextlib.contextmanager
+def _into(name: str | None, arguments: list[str]) -> Iterator[list[str]]:
+    """Print to the end of a file; gives the rows that it ends with of this command.
+
+    Long runs can so be cut and taken up again.
+    """
+    if name is None:
+        yield []
+        return
+    path = Path(name)
+    text = path.read_text() if path.exists() else ""
+    command = " ".join(["$ python -m pallas_kernels.aot", *arguments])
+    *_, last = text.split("\n\n")
+    rows = last.splitlines()
+    with path.open("a") as file, contextlib.redirect_stdout(file):
+        if rows[:1] != [command]:
+            rows = []
+            print("\n" * bool(text) + command, flush=True)
+        yield rows
+
+
+def _rest(found, rows):
+    """Those of the cases that have no row."""
+    done = {row[: COLUMNS["variant"]].strip() for row in rows}
+    return [case for case in found if case.name not in done]
 
 
 def _estimates(found, chip) -> dict[str, float]:

@@ -34,7 +34,7 @@ def work(function: Callable, *operands: Any) -> Work:
     steps = [prod(k.params["grid_mapping"].grid) for k in kernels]
     pairs = list(zip(kernels, steps, strict=True))
     return Work(
-        sum(n * _multiply_adds(k.params["jaxpr"]) for k, n in pairs),
+        sum(n * multiply_adds(k.params["jaxpr"]) for k, n in pairs),
         sum(_size(atom.aval) for k in kernels for atom in (*k.invars, *k.outvars)),
         max((_blocks(k) for k in kernels), default=0),
         {k.params["name"]: n for k, n in pairs},
@@ -51,7 +51,7 @@ def _kernels(jaxpr):
                 yield from _kernels(inner)
 
 
-def _multiply_adds(jaxpr) -> int:
+def multiply_adds(jaxpr) -> int:
     """Of the products in a jaxpr; of loops whose rounds are data, one round."""
     total = 0
     for equation in jaxpr.eqns:
@@ -62,7 +62,7 @@ def _multiply_adds(jaxpr) -> int:
             total += contracted * prod(equation.outvars[0].aval.shape)
         rounds = equation.params["length"] if equation.primitive.name == "scan" else 1
         for inner in core.jaxprs_in_params(equation.params):
-            total += rounds * _multiply_adds(inner)
+            total += rounds * multiply_adds(inner)
     return total
 
 

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
-from jax.extend import core
 from jax.sharding import SingleDeviceSharding
 
+from pallas_kernels.aot.case import multiply_adds
 from pallas_kernels.fused_scan import target
 
 
@@ -189,33 +189,20 @@ def floor(chip: str, plain: Callable, *operands: Any) -> Floor:
     closed = jax.make_jaxpr(plain)(*operands)
     leaves = (*closed.in_avals, *closed.out_avals)
     size = sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-    operations = 2 * _multiply_adds(closed.jaxpr)
+    operations = 2 * multiply_adds(closed.jaxpr)
     return Floor(operations / CHIPS[chip].matrix, size / CHIPS[chip].bandwidth)
-
-
-def _multiply_adds(jaxpr) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (axes, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            contracted = prod(left[axis] for axis in axes)
-            total += contracted * prod(equation.outvars[0].aval.shape)
-        rounds = equation.params.get("length", 1)
-        inner = core.jaxprs_in_params(equation.params)
-        total += rounds * sum(map(_multiply_adds, inner))
-    return total
 
 
 COLUMNS = ("variant", "kernel", "threads", "registers", "spills", "shared KiB")
 FLOORS = ("matrix ns", "memory ns")
 
 
-def table(found, chip: str, dump: str) -> int:
+def table(found, chip: str, dump: str, heading: bool) -> int:
     """Print a row for every kernel of the cases; 1 if one does not compile."""
     prepare(dump)
-    print(f"# {chip}; compile-time figures, not measurements")
-    _print_row(*COLUMNS, *FLOORS)
+    if heading:
+        print(f"# {chip}; compile-time figures, not measurements")
+        _print_row(*COLUMNS, *FLOORS)
     failed = False
     for case in found:
         try:
@@ -235,4 +222,5 @@ def table(found, chip: str, dump: str) -> int:
 
 
 def _print_row(name, *rest) -> None:
-    print(f"{name:<31}" + "".join(f"{cell:>11}" for cell in rest), flush=True)
+    line = f"{name:<31}" + "".join(f"{cell:>11}" for cell in rest)
+    print(line.rstrip(), flush=True)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.kernels import cases
+from pallas_kernels.aot import __main__ as aot
 from pallas_kernels.aot import gpu
 
 HAS_COMPILER = gpu.has_compiler()
@@ -39,6 +41,38 @@ def test_floor_counts_every_round_of_a_scan():
     matrix, memory = gpu.floor("h100", products, x, w)
     assert matrix == pytest.approx(5 * 2 * 4 * 8 * 8 / 989.4e12)
     assert memory == pytest.approx(4 * (32 + 64 + 32) / 3.35232e12)
+
+
+def test_a_table_is_taken_up_where_it_was_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "CHUNKS", 2)
+    monkeypatch.setattr(gpu, "prepare", lambda dump: None)
+    compiled = []
+
+    def usages(dump, chip, function, *operands):
+        compiled.append(function)
+        return [gpu.Usage("fused_scan", 256, 128, 0, 1024)] * 2
+
+    monkeypatch.setattr(gpu, "usages", usages)
+    path = tmp_path / "table.txt"
+
+    def table(chunk, *names):
+        into = ("--into", str(path), "--chunk", chunk, "--variant", *names)
+        assert aot.main(["gpu", *into]) == 0
+        return path.read_text()
+
+    names = ("linear_attention", "retnet")
+    whole = table("16", *names)
+    assert len(compiled) == 2
+    path.write_text("".join(whole.splitlines(keepends=True)[:5]))
+    assert table("16", *names) == whole
+    assert len(compiled) == 3
+    assert table("16", *names) == whole
+    assert len(compiled) == 3
+
+    # Another command has a part of its own.
+    longer = table("32", *names)
+    assert len(compiled) == 5
+    assert longer.startswith(f"{whole}\n$ python -m pallas_kernels.aot gpu")
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs pip install 'miras-jax[cuda]'")
