@@ -53,7 +53,7 @@ def forward(program: Program, size, carry, xs, consts, *, every, interpret):
 
         def chunk(c):
             inputs = (
-                *_constants(constants, program.step),
+                *_constants(constants, program.step, n),
                 *_arrays(turns, program.carry, n, _remainder(c, 2)),
                 *_rows(x, xs, program.x, n, c),
                 *_rows(held, consts, program.consts, n),
@@ -131,7 +131,7 @@ def backward(
 
             def again(i):
                 inputs = (
-                    *_constants(constants[0], program.advance),
+                    *_constants(constants[0], program.advance, n),
                     *carry_at(s, i),
                     *_rows(x, xs, program.x, n, first + i),
                     *_rows(held, consts, program.consts, n),
@@ -143,7 +143,7 @@ def backward(
                 i = count - 1 - done
                 turn = _remainder(chunks - 1 - first - i, 2)
                 inputs = (
-                    *_constants(constants[1], program.pull_back),
+                    *_constants(constants[1], program.pull_back, n),
                     *carry_at(s, i),
                     *_rows(x, xs, program.x, n, first + i),
                     *_rows(held, consts, program.consts, n),
@@ -208,7 +208,8 @@ def _call(kernel, size: int, operands, results, interpret):
 
 
 def _stored_dtype(dtype) -> jnp.dtype:
-    return jnp.dtype(jnp.int8) if dtype == jnp.bool_ else jnp.dtype(dtype)
+    # One load of bytes would give each thread 16 neighbours of every tile of the shape.
+    return jnp.dtype(jnp.int32) if dtype == jnp.bool_ else jnp.dtype(dtype)
 
 
 def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -275,12 +276,14 @@ class _Element:
     Addresses depend on nothing else inside a chunk. Were the number a constant, the
     compilers would compute the addresses of all scratch arrays once, before the loop
     over chunks, and spill them: there are several times as many as registers. So zero
-    is read from memory and added at every barrier.
+    is read from memory and added at every barrier; as it was read, it is also the row
+    of what all elements share.
     """
 
     def __init__(self, zero, interpret):
         self.zero, self.interpret = zero, interpret
         self.first = self.number = None if zero is None else pl.program_id(0)
+        self.origin = 0
 
     def multiply(self, left, right, precision, dtype) -> jax.Array:
         """See `tiles.Machine`."""
@@ -302,7 +305,8 @@ class _Element:
         """See `tiles.Machine`; and a new number."""
         if not self.interpret:
             pltriton.debug_barrier()
-            self.number = self.first + pltriton.load(self.zero.at[0])
+            self.origin = pltriton.load(self.zero.at[0])
+            self.number = self.first + self.origin
 
     def loop(self, first, last, body: Callable[[jax.Array], None]) -> None:
         """`body(i)` for i from first to last, whose numbers stay inside."""
@@ -312,7 +316,7 @@ class _Element:
             body(i)
 
         jax.lax.fori_loop(first, last, whole, None)
-        self.number = self.first
+        self.number, self.origin = self.first, 0
         self.barrier()
 
 
@@ -365,7 +369,7 @@ def _rows(refs, operands: Sequence[Operand], leaves, n: _Element, *lead):
 
     def row(operand):
         if operand.rows == 1:
-            return 0
+            return n.origin
         number = n.number
         if operand.repeat > 1:
             number = jax.lax.div(number, jnp.asarray(operand.repeat, number.dtype))
@@ -377,11 +381,9 @@ def _rows(refs, operands: Sequence[Operand], leaves, n: _Element, *lead):
     ]
 
 
-def _constants(refs, function: Function) -> list[_Array]:
-    return [
-        _Array(ref, lambda: 0, (), constant.shape, jnp.dtype(constant.dtype))
-        for ref, constant in zip(refs, function.constants, strict=True)
-    ]
+def _constants(refs, function: Function, n: _Element) -> list[_Array]:
+    operands = [Operand(ref, 1) for ref in refs]
+    return _rows(refs, operands, function.constants, n)
 
 
 def _slots(plan: Layout, refs, n: _Element) -> dict:
