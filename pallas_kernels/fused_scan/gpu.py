@@ -12,42 +12,67 @@ place.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
+from jax.extend import core
 
 from pallas_kernels.fused_scan import layout
 from pallas_kernels.fused_scan.autodiff import Operand
 from pallas_kernels.fused_scan.layout import Layout, Tuning
 from pallas_kernels.fused_scan.program import Function, Program, Struct, floats
-from pallas_kernels.fused_scan.tiles import Piece, axes
+from pallas_kernels.fused_scan.tiles import LEAST, Piece, axes
 
 WARPS = 8
-TUNING = Tuning()
+TUNING = Tuning(tile=64)
+PRECISE = Tuning(tile=32)
+"""For kernels of several products at full precision, whose operands are in parts."""
 
 
 def objection(program: Program) -> str | None:
     """See `autodiff`."""
 
     for function in (program.step, program.pull_back):
-        if found := layout.objection(function.jaxpr, TUNING, _Element(None, True)):
+        tiles = tuning(function)
+        machine = _Element(None, True, tiles)
+        if found := layout.objection(function.jaxpr, tiles, machine):
             return f"the GPU kernel {found}"
     return None
+
+
+def tuning(function: Function) -> Tuning:
+    """What leaves the registers of a kernel with this function enough room."""
+    return PRECISE if _precise_products(function.jaxpr) > 1 else TUNING
+
+
+def _precise_products(jaxpr) -> int:
+    inner = (core.jaxprs_in_params(eqn.params) for eqn in jaxpr.eqns)
+    return sum(map(_is_precise, jaxpr.eqns)) + sum(
+        map(_precise_products, chain.from_iterable(inner))
+    )
+
+
+def _is_precise(eqn) -> bool:
+    return (
+        eqn.primitive.name == "dot_general"
+        and eqn.params["precision"] is not None
+        and all(atom.aval.dtype == jnp.float32 for atom in eqn.invars)
+    )
 
 
 def forward(program: Program, size, carry, xs, consts, *, every, interpret):
     """See `autodiff`."""
     chunks = xs[0].array.shape[1]
     stretches = pl.cdiv(chunks, every) if every else 0
-    step = Layout(program.step.jaxpr, TUNING)
+    step = Layout(program.step.jaxpr, tuning(program.step))
 
     def kernel(zero, constants, starts, x, held, *results):
         ends, ys, saved, turns, scratch = results
-        n = _Element(zero, interpret)
+        n = _Element(zero, interpret, step.tuning)
         starts = _rows(starts, carry, program.carry, n)
         _copy(starts, _arrays(turns, program.carry, n, 0))
 
@@ -107,12 +132,13 @@ def backward(
     stretches = pl.cdiv(chunks, every)
     d_carries, d_xs, d_consts = map(floats, (program.carry, program.x, program.consts))
     d_y, sums = floats(program.y), [_accumulator(leaf) for leaf in d_consts]
-    advance = Layout(program.advance.jaxpr, TUNING)
-    pull_back = Layout(program.pull_back.jaxpr, TUNING)
+    tiles = tuning(program.pull_back)
+    advance = Layout(program.advance.jaxpr, tiles)
+    pull_back = Layout(program.pull_back.jaxpr, tiles)
 
     def kernel(zero, constants, saved, x, held, d_ends, d_ys, *results):
         d_starts, d_x, d_held, turns, carries, scratch = results
-        n = _Element(zero, interpret)
+        n = _Element(zero, interpret, tiles)
         d_held = _arrays(d_held, sums, n)
         _copy(_arrays(d_ends, d_carries, n), _arrays(turns, d_carries, n, 0))
         for array in d_held:
@@ -213,8 +239,8 @@ def _stored_dtype(dtype) -> jnp.dtype:
 
 
 def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in whole tiles."""
-    return tuple(sum(p.size for p in axis) for axis in axes(shape, TUNING.tile))
+    """The shape in whole tiles, of whatever extent."""
+    return tuple(sum(p.size for p in axis) for axis in axes(shape, LEAST))
 
 
 def _stored(operands: Sequence, leaves: Sequence) -> list[jax.Array]:
@@ -280,8 +306,8 @@ class _Element:
     of what all elements share.
     """
 
-    def __init__(self, zero, interpret):
-        self.zero, self.interpret = zero, interpret
+    def __init__(self, zero, interpret, tuning: Tuning):
+        self.zero, self.interpret, self.tile = zero, interpret, tuning.tile
         self.first = self.number = None if zero is None else pl.program_id(0)
         self.origin = 0
 
@@ -329,9 +355,10 @@ class _Array:
     lead: tuple[Any, ...]
     shape: tuple[int, ...]
     dtype: jnp.dtype
+    tile: int  # the largest extent of those that it is copied by
 
     def places(self):
-        return product(*axes(self.shape, TUNING.tile))
+        return product(*axes(self.shape, self.tile))
 
     def load(self, place: tuple[Piece, ...]) -> jax.Array:
         tile = pltriton.load(self._at(place))
@@ -376,7 +403,9 @@ def _rows(refs, operands: Sequence[Operand], leaves, n: _Element, *lead):
         return _remainder(number, operand.rows)
 
     return [
-        _Array(ref, partial(row, operand), lead, leaf.shape, jnp.dtype(leaf.dtype))
+        _Array(
+            ref, partial(row, operand), lead, leaf.shape, jnp.dtype(leaf.dtype), n.tile
+        )
         for ref, operand, leaf in zip(refs, operands, leaves, strict=True)
     ]
 

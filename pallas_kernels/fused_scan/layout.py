@@ -4,9 +4,9 @@ Triton keeps every value in registers and takes sizes that are powers of two. A 
 step has neither: its weights and hidden layers are larger than the registers of a whole
 multiprocessor, and head dimensions may be 96. So the step's equations are evaluated
 tile by tile. What lies between matrix products (elementwise, broadcast, transposed) is
-never stored: each tile of it is computed where it is read. Results of products and sums
-stay in registers as long as all that live there fit a budget; the others go to scratch
-memory, which a program reads back tile by tile from the second-level cache.
+never stored, unless that would be done too often: each tile of it is computed where it
+is read. Results of products and sums go to scratch memory, which a program reads back
+tile by tile from the second-level cache; only single numbers stay in registers.
 
 A loop of a fixed number of rounds is a layout in a layout: what enters and leaves it is
 in scratch memory, and a round writes a new carry, which becomes the next one's.
@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +32,6 @@ from pallas_kernels.fused_scan.tiles import (
     Machine,
     Memory,
     Refused,
-    axes,
 )
 
 LOOP = "scan"
@@ -42,9 +40,8 @@ LOOP = "scan"
 class Tuning(NamedTuple):
     """How a program is laid out; changes its speed, never its result."""
 
-    tile: int = 64  # largest extent of a tile
-    held: int = 8192  # bytes of stored results that may live in registers
-    chain: int = 8  # equations to be computed again rather than stored
+    tile: int  # largest extent of a tile
+    chain: int = 2  # equations to be computed again rather than stored
 
 
 class Rounds(NamedTuple):
@@ -143,7 +140,7 @@ class Layout:
         return frozenset(cuts)
 
     def _place(self, readers):
-        live = {}  # kept variable -> (last moment, bytes in registers, slot)
+        live = {}  # kept variable -> last moment
         self._free = defaultdict(list)
         self.scratch = defaultdict(int)
         self.slots = {}  # variable -> (key, number) of its scratch array, if it has one
@@ -152,22 +149,12 @@ class Layout:
             for out in eqn.outvars:
                 if out not in self.kept:
                     continue
-                grid = axes(out.aval.shape, self.tuning.tile)
-                # Threads along an axis of length one hold copies of the same entry.
-                size = prod(max(16, axis[0].size) for axis in grid)
-                size *= jnp.dtype(out.aval.dtype).itemsize
-                held = sum(entry[1] for entry in live.values())
-                # A loop over tiles cannot tell registers apart by its counter.
-                several = any(len(axis) > 1 for axis in grid)
-                wide = out.aval.shape and (several or held + size > self.tuning.held)
-                if wide or is_loop or out in self._looped:
+                if out.aval.shape or is_loop or out in self._looped:
                     self.slots[out] = self._take(_key(out.aval))
-                    size = 0
-                last = max((m for m, _ in readers[out]), default=moment)
-                live[out] = (last, size)
+                live[out] = max((m for m, _ in readers[out]), default=moment)
             if is_loop:
                 self._place_loop(moment, eqn)
-            for var in [v for v, entry in live.items() if entry[0] <= moment]:
+            for var in [v for v, last in live.items() if last <= moment]:
                 del live[var]
                 if var in self.slots:
                     self._give_back(self.slots[var])

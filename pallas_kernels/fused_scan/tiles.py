@@ -31,8 +31,12 @@ class Piece(NamedTuple):
     valid: int
 
 
+LEAST = 16
+"""The least extent of an operand that a matrix unit takes."""
+
+
 def pieces(length: int, limit: int) -> tuple[Piece, ...]:
-    """An axis as powers of two from 16, the least of a matrix unit, up to `limit`.
+    """An axis as powers of two from `LEAST` to `limit`.
 
     96 at limit 64 is 64 + 32; what is left below 16 is padded to 16.
     """
@@ -41,7 +45,7 @@ def pieces(length: int, limit: int) -> tuple[Piece, ...]:
     found, start = [], 0
     while start < length:
         left = length - start
-        size = min(limit, max(16, 1 << (left.bit_length() - 1)))
+        size = min(limit, max(LEAST, 1 << (left.bit_length() - 1)))
         found.append(Piece(start, size, min(size, left)))
         start += size
     return tuple(found)
