@@ -35,6 +35,8 @@ from pallas_kernels.fused_scan.tiles import (
 )
 
 LOOP = "scan"
+BEHIND = {"output": "product", "product": "result"}
+"""The way in which a product's operands are read, by that in which it is."""
 
 
 class Tuning(NamedTuple):
@@ -105,13 +107,22 @@ class Layout:
                 continue
             (out,) = eqn.outvars
             kept = out in cuts or out in self._looped or name in REDUCTIONS
-            # A product that nothing but one output reads is computed as it is stored.
-            kept |= name == "dot_general" and [r for _, r in readers[out]] != ["output"]
+            # A product that nothing but one output reads is computed as it is stored,
+            # and so is one that it multiplies. A third behind them would be computed
+            # for every tile of the second that every tile of the first needs.
+            if name == "dot_general":
+                ways = [way for _, way in readers[out]]
+                kept |= ways not in (["output"], ["product"])
             if kept:
                 self.kept.add(out)
+                read = {(moment, "result")}
+            elif name == "dot_general":
+                read = {(last, BEHIND[way]) for last, way in readers[out]}
+            else:
+                read = readers[out]
             for atom in eqn.invars:
                 if isinstance(atom, Var):
-                    readers[atom] |= {(moment, "result")} if kept else readers[out]
+                    readers[atom] |= read
         return readers
 
     def _cuts(self, readers) -> frozenset[Var]:

@@ -117,3 +117,11 @@ def test_tiles_change_no_result(tile, monkeypatch):
         actual = results(scan("gpu"), operands)
     found = errors(actual, results(scan("reference"), operands))
     assert max(found.values()) < 2e-6, found
+
+
+@pytest.mark.parametrize("count, stored", [(1, 0), (2, 0), (3, 1), (6, 4)])
+def test_of_a_chain_of_products_all_but_two_are_stored(count, stored):
+    """Were none, each tile of the last would compute all those behind it again."""
+    square = jnp.zeros((64, 64))
+    jaxpr = function(products(count, None), square, square).jaxpr
+    assert len(Layout(jaxpr, Tuning(tile=16)).kept) == stored
