@@ -6,11 +6,12 @@ Each table has the command that made it in its first line:
     python -m pallas_kernels.aot tpu --chip v6e --no-xla --passes both \\
         --into experiments/kernels/v6e_64.txt
 
-and the like. With --into, rows that a table has are not made again: compiling them all
-takes hours, can be cut at any row, and the same command adds what is missing. Which
-rows there are is what was compiled. Of variants that are one program the first in the
-list of variants has a row: retnet for lightning_attention and mamba2, gla for hgrn2,
-mamba for longhorn_diagonal. Softmax attention is no scan and has none.
+and the like; h100.txt has one before each of its parts. With --into, rows that a table
+has are not made again: compiling them all takes hours, can be cut at any row, and the
+same command adds what is missing. Which rows there are is what was compiled. Of
+variants that are one program the first in the list of variants has a row: retnet for
+lightning_attention and mamba2, gla for hgrn2, mamba for longhorn_diagonal. Softmax
+attention is no scan and has none.
 
 v5e_64_xla.txt compares six variants with plain XLA and is older; its kernels differ by
 at most 2 % from those of v5e_64.txt.
@@ -18,5 +19,5 @@ at most 2 % from those of v5e_64.txt.
 Expected: the tables as committed, up to changes of the compiler (libtpu 0.0.42.1). They
 are facts of compiled programs, not timings. A row that says "does not compile" has the
 compiler's own words. Those of v6e are an internal error in its register allocator; v5e
-takes the same rules.
+takes the same rules. GPU kernels take no exact readout, and say so in their rows.
 """
