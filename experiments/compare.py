@@ -96,7 +96,8 @@ def run_one(name: str, base: Experiment, folder: Path) -> tuple[dict, np.ndarray
 def table(rows: list[dict]) -> str:
     """Rows as a Markdown table."""
     header = list(rows[0])
-    lines = [header, ["---"] * len(header), *(list(row.values()) for row in rows)]
+    cells = ([cell.replace("|", r"\|") for cell in row.values()] for row in rows)
+    lines = [header, ["---"] * len(header), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
