@@ -4,7 +4,7 @@
         [--variants yaad,moneta,memora,titans,gated_delta_net | all]
         [--repeats 5] [--no memory,recurrent] [--json rows.json]
 
-    python -m experiments.bench.layer --variants all \\
+    python -m experiments.bench.layer --variants all --no recurrent,memory \\
         > experiments/results/bench/variants.txt
 
 Prints one table, all of it measured in this one run, cases of one scope, batch and

@@ -121,9 +121,10 @@ def test_what_decays():
     updates, _ = optimizer.update(zero, state, ones)
     mixer = "groups/blocks/0/mixer"
     rates = [f"rates/{r}/{p}" for r in RATES for p in ("down", "up")]
+    output = ("output/gate", "output/projection")
     assert {name for name, update in updates.items() if jnp.any(update)} == {
         "embedding",
         "output/weight",
-        *(f"{mixer}/{name}/weight" for name in ("qkv", "gate", "output", *rates)),
+        *(f"{mixer}/{name}/weight" for name in ("qkv", *output, *rates)),
         *(f"groups/blocks/0/mlp/{name}/weight" for name in ("gate", "up", "down")),
     }
