@@ -74,10 +74,32 @@ def _gelu_jvp(primals, tangents):
 
 def layer_norm(x: jax.Array, params: Params) -> jax.Array:
     """LayerNorm over the last axis, eps 1e-6, with outer-learned scale and bias."""
+    scale, bias = (jnp.expand_dims(p, range(x.ndim - 1)) for p in params[1:3])
+    return standardised(x)[0] * scale + bias
+
+
+@jax.custom_jvp
+def standardised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """y = (x - mean) r and r = (variance + 1e-6)^(-1/2), over the last axis.
+
+    Derivatives dy = r (c - y mean(y c)) and dr = -r^2 mean(y c), c = dx - mean(dx), are
+    again in y and r: those of the variance's powers would be rounded to zero where
+    weights that nothing bounds have made x large.
+    """
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-    scale, bias = (jnp.expand_dims(p, range(x.ndim - 1)) for p in params[1:3])
-    return centred * jax.lax.rsqrt(variance + 1e-6) * scale + bias
+    r = jax.lax.rsqrt(variance + 1e-6)
+    return centred * r, r
+
+
+@standardised.defjvp
+def _standardised_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y, r = standardised(x)
+    # Centred first: y's own mean is zero but for rounding, and that of dx may be large.
+    centred = dx - jnp.mean(dx, axis=-1, keepdims=True)
+    along = jnp.mean(y * centred, axis=-1, keepdims=True)
+    return (y, r), (r * (centred - y * along), -r * r * along)
 
 
 def _with_norm(weights: tuple[jax.Array, ...], value_dim: int) -> Params:
