@@ -64,14 +64,15 @@ def block(
     tokens: Tokens,
     *,
     aligned: bool,
+    complete: bool | jax.Array,
     written: jax.Array | None = None,
 ) -> tuple[jax.Array, State]:
     """Write and read C tokens of one chunk (or any C of an exact linear rule).
 
     aligned: whether the block starts a chunk, so that anchor and kept of the state need
-    not be looked at. written `[C, 1]`: 0 for tokens that must leave no trace (they come
-    with learn=0, keep=1, momentum=1). The chunk is left open: the engine closes it
-    where it ends. Returns `(outputs [C, V], state)`.
+    not be looked at; complete: whether it ends one, which closes it. written `[C, 1]`:
+    0 for tokens that must leave no trace (they come with learn=0, keep=1, momentum=1).
+    Returns `(outputs [C, V], state)`.
     """
     dtype = state_dtype(*state.dual)
     dot = Dot(tokens.keys.dtype, dtype)
@@ -137,7 +138,8 @@ def block(
         curvature = (flows[0].start.end(h) + own, ridge)
     after = after._replace(past=past, curvature=curvature)
     if not rule.has_anchor:
-        settled = rule.settled(state.dual, after.dual, after.momentum, after.stride)
+        ending = (after.dual, after.momentum, after.stride)
+        settled = rule.settled(state.dual, *ending, dot)
         after = after._replace(dual=settled, stride=())
     if rule.reads_exactly:
         read = partial(readout.exactly, dot, rule, params, anchor_dual, state, flows)
@@ -163,7 +165,7 @@ def block(
             cotangents,
         )
         outputs = rule.memory.read(product, params, queries)
-    return outputs, after
+    return outputs, rule.close(after, complete, dot)
 
 
 def _column(rate: jax.Array | None) -> jax.Array | None:

@@ -192,8 +192,9 @@ def _run_blocks(scan, tile, rule, params, state, tokens, documents):
     outputs = []
     if head:
         part = _take(tokens, 0, head)
-        output, state = block(rule, params, state, part, aligned=False)
-        state = rule.close(state, state.position == rule.chunk_size)
+        output, state = block(
+            rule, params, state, part, aligned=False, complete=position + head == size
+        )
         outputs.append(output)
     if whole:
         blocks = jax.tree.map(
@@ -203,7 +204,7 @@ def _run_blocks(scan, tile, rule, params, state, tokens, documents):
         outputs.append(output)
     if middle < length:
         part = _take(tokens, middle, length)
-        output, state = block(rule, params, state, part, aligned=True)
+        output, state = block(rule, params, state, part, aligned=True, complete=False)
         outputs.append(output)
     return jnp.concatenate(outputs), state
 
@@ -235,8 +236,7 @@ def _scan_blocks(scan, rule, params, state, blocks):
 
     def step(carry, tokens, params):
         state = rule.open_chunk(*carry)
-        outputs, state = block(rule, params, state, tokens, aligned=True)
-        state = rule.close(state, True)
+        outputs, state = block(rule, params, state, tokens, aligned=True, complete=True)
         return rule.carried(state), outputs
 
     carry, outputs = scan(step, rule.carried(state), blocks, params)
@@ -289,11 +289,15 @@ def _run_shifted(scan, rule, params, state, tokens, documents, size):
         if marks is not None:
             state = _select(marks[0], fresh, state)
         state = state._replace(position=0)
-        aligned = not rule.has_anchor
         outputs, after = block(
-            rule, params, state, tokens, aligned=aligned, written=written
+            rule,
+            params,
+            state,
+            tokens,
+            aligned=not rule.has_anchor,
+            complete=ends,
+            written=written,
         )
-        after = rule.close(after, ends)
         if marks is not None:
             # A gate's own step at a chunk's end would be a trace, too.
             after = _select(marks[1], after, state)

@@ -119,7 +119,7 @@ def exactly(
             if not rule.algorithm.settles:
                 dual = dual + (step if written is None else own.written * step)
             sizes = (view.factor(stride.side, own.stride),) if stride else ()
-            (settled,) = rule.settled((before,), (dual,), running, sizes)
+            (settled,) = rule.settled((before,), (dual,), running, sizes, dot)
             if proportional:
                 read = one * view.gate.scale(settled)
             else:

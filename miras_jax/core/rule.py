@@ -26,6 +26,7 @@ from miras_jax.core import attention, checks, window
 from miras_jax.core.algorithm import Algorithm, GradientDescent
 from miras_jax.core.bias import L2, Bias
 from miras_jax.core.memory import Cache, Memory
+from miras_jax.core.product import Dot
 from miras_jax.core.retention import Decay, Retention
 from miras_jax.core.types import (
     Choice,
@@ -228,10 +229,19 @@ class Rule(Choice):
         checks.readable(self, tokens)
 
     def settled(
-        self, anchor: Weights, dual: Weights, momentum: Weights, stride: Weights
+        self,
+        anchor: Weights,
+        dual: Weights,
+        momentum: Weights,
+        stride: Weights,
+        dot: Dot | None = None,
     ) -> Weights:
-        """The dual at a chunk's end, from what the chunk made of its anchor."""
-        dual = self.algorithm.settle(dual, momentum, stride)
+        """The dual at a chunk's end, from what the chunk made of its anchor.
+
+        dot: its products; None: as precise as the dual.
+        """
+        dot = dot or Dot(dual[0].dtype, dual[0].dtype)
+        dual = self.algorithm.settle(dual, momentum, stride, dot)
         if not self.retention.settles:
             return dual
         pairs = zip(anchor, dual, strict=True)
@@ -357,11 +367,13 @@ class Rule(Choice):
         """Position in the chunk after so many tokens; without anchor none is kept."""
         return state.position + tokens if self.has_anchor else state.position
 
-    def close(self, state: State, complete: bool | jax.Array) -> State:
+    def close(
+        self, state: State, complete: bool | jax.Array, dot: Dot | None = None
+    ) -> State:
         """Point 5: where the chunk is complete, its end is the next one's start."""
         if not self.has_anchor or complete is False:
             return state
-        dual = self.settled(state.anchor, *self._ending(state))
+        dual = self.settled(state.anchor, *self._ending(state), dot)
         ones = tuple(jnp.ones_like(k) for k in state.kept)
         zeros = tuple(jnp.zeros_like(s) for s in state.stride)
         position = 0 if complete is True else jnp.where(complete, 0, state.position)

@@ -10,6 +10,7 @@ import pytest
 import miras_jax as miras
 from miras_jax import algorithm, memory, variants
 from miras_jax.core.algorithm.muon import orthogonalised
+from miras_jax.core.product import Dot
 from tests import core
 from tests.core import Case, error, recurrences
 
@@ -64,13 +65,19 @@ def test_lact_is_its_papers_large_chunk():
     agree(rule, params, tokens._replace(rates=rates), expected, bound=1e-9)
 
 
-def test_newton_schulz_makes_singular_values_nearly_equal():
-    for shape in ((6, 20), (20, 6), (8, 8)):
-        matrix = np.random.default_rng(0).normal(size=shape)
-        values = np.linalg.svd(core.jit(lambda m: orthogonalised(m, 5))(matrix))[1]
-        assert np.ptp(np.linalg.svd(matrix)[1]) > 1
-        assert np.all((values > 0.6) & (values < 1.3)), values
-    assert np.all(orthogonalised(jnp.zeros((3, 4)), 5) == 0)
+FULL, HALF = (
+    Dot(jnp.dtype(x), jnp.dtype(jnp.float32)) for x in ("float32", "bfloat16")
+)
+
+
+@pytest.mark.parametrize("dot", [FULL, HALF], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8), (32, 128)])
+def test_newton_schulz_makes_singular_values_nearly_equal(shape, dot):
+    matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    values = np.linalg.svd(core.jit(lambda m: orthogonalised(m, 5, dot))(matrix))[1]
+    assert np.ptp(np.linalg.svd(matrix)[1]) > 1
+    assert np.all((values > 0.6) & (values < 1.3)), values
+    assert np.all(orthogonalised(jnp.zeros((3, 4), jnp.float32), 5, dot) == 0)
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (16, 16)])
@@ -80,9 +87,10 @@ def test_newton_schulz_loses_no_small_singular_value(shape):
     x = matrix / np.linalg.norm(matrix)
     for _ in range(5):
         x = 3.4445 * x - 4.775 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
-    assert error(orthogonalised(jnp.asarray(matrix), 5), x) < 1e-11
+    exact = Dot(jnp.dtype(jnp.float64), jnp.dtype(jnp.float64))
+    assert error(orthogonalised(jnp.asarray(matrix), 5, exact), x) < 1e-11
     # With all five on one square, 2e-4.
-    assert error(orthogonalised(jnp.float32(matrix), 5), x) < 3e-5
+    assert error(orthogonalised(jnp.float32(matrix), 5, FULL), x) < 3e-5
 
 
 def test_mesa_net_is_the_least_squares_solution_of_all_pairs():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from miras_jax.core import causal
+from miras_jax.core.product import Dot
 from miras_jax.core.types import Choice, Weights
 from miras_jax.errors import UserError
 
@@ -39,7 +40,9 @@ class Algorithm(Protocol):
     def flow(self, log_keep, momentum, side, when, written) -> causal.Flow:
         """The recurrences of one matrix over a block of tokens."""
 
-    def settle(self, dual: Weights, momentum: Weights, stride: Weights) -> Weights:
+    def settle(
+        self, dual: Weights, momentum: Weights, stride: Weights, dot: Dot
+    ) -> Weights:
         """The dual with the step at a chunk's end; stride: () or its sizes."""
 
     def provisional(self, momentum: jax.Array, stride: jax.Array | float) -> jax.Array:
@@ -82,7 +85,7 @@ class Descent(Choice):
     def flow(self, log_keep, momentum, side, when, written):
         return causal.decay_flow(log_keep, side, when)
 
-    def settle(self, dual, momentum, stride):
+    def settle(self, dual, momentum, stride, dot):
         return dual
 
 

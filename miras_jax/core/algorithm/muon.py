@@ -27,7 +27,7 @@ def normalised(matrix: jax.Array) -> jax.Array:
     return matrix * jax.lax.rsqrt(jnp.sum(matrix * matrix) + TINY_SQUARE)
 
 
-def orthogonalised(matrix: jax.Array, iterations: int) -> jax.Array:
+def orthogonalised(matrix: jax.Array, iterations: int, dot: Dot) -> jax.Array:
     """U V^T of M = U S V^T, nearly: Newton-Schulz brings singular values close to 1.
 
     X <- P X, P = a + b G + c G^2, G = X X^T, from X = M / |M|, on the side of M on
@@ -35,15 +35,16 @@ def orthogonalised(matrix: jax.Array, iterations: int) -> jax.Array:
     square G alone, with a product of their P for X at the end: for `[64, 256]` five
     of them take 0.67 times the multiplications of those on X. Small singular values
     are small against the rounding of G, so that G is taken from X anew after
-    GRAM_ITERATIONS: in float32 all five on one G cost a rounding 50 times as large.
+    GRAM_ITERATIONS: in float32 all five on one G cost a rounding 50 times as large. If
+    operands are bfloat16, as in the published code of Muon, G is always that of X.
     """
     rows, columns = matrix.shape
     if rows > columns:
-        return orthogonalised(matrix.T, iterations).T
+        return orthogonalised(matrix.T, iterations, dot).T
     x = normalised(matrix)
-    dot = Dot(x.dtype, x.dtype)
     # Multiplications / r^2: (4 n - 3) r + 2 c with n in a row, one by one n (r + 2 c).
-    together = GRAM_ITERATIONS if 3 * rows < 2 * columns else 1
+    pays = 3 * rows < 2 * columns and dot.operands == dot.accumulator
+    together = GRAM_ITERATIONS if pays else 1
     for done in range(0, iterations, together):
         x = dot(_polynomial(dot, dot.rows(x, x), min(together, iterations - done)), x)
     return x
@@ -118,10 +119,10 @@ class Muon(Momentum):
         own = causal.decay_flow(causal.safe_log(momentum), None)
         return decay._replace(momentum=(own.start, own.steps))
 
-    def settle(self, dual, momentum, stride):
+    def settle(self, dual, momentum, stride, dot):
         stride = stride or (1.0,) * len(dual)
         return tuple(
-            a + size * orthogonalised(m, self.iterations)
+            a + size * orthogonalised(m, self.iterations, dot)
             for a, m, size in zip(dual, momentum, stride, strict=True)
         )
 

@@ -70,8 +70,8 @@ class Omega(Choice):
     def flow(self, log_keep, momentum, side, when, written):
         return self.inner.flow(log_keep, momentum, side, when, written)
 
-    def settle(self, dual, momentum, stride):
-        return self.inner.settle(dual, momentum, stride)
+    def settle(self, dual, momentum, stride, dot):
+        return self.inner.settle(dual, momentum, stride, dot)
 
     def provisional(self, momentum, stride):
         return self.inner.provisional(momentum, stride)
