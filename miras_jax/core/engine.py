@@ -147,6 +147,30 @@ def _of_kernels(implementation: Implementation | None) -> str | None:
     return platform()
 
 
+@jax.custom_vjp
+def _bounded(state):
+    """The state itself, whose cotangents end at the cube root of the largest float.
+
+    That is 7e12 in float32. The derivative of a memory that has become chaotic grows
+    without end from block to block; so it stays finite, as three factors of that size
+    do.
+    """
+    return state
+
+
+def _bounded_backward(_, cotangents):
+    def bound(d):
+        if d.dtype == jax.dtypes.float0:
+            return d
+        largest = float(jnp.finfo(d.dtype).max) ** (1 / 3)
+        return jnp.clip(d, -largest, largest)
+
+    return (jax.tree.map(bound, cotangents),)
+
+
+_bounded.defvjp(lambda state: (state, None), _bounded_backward)
+
+
 def _select(condition, yes, no):
     return jax.tree.map(partial(jnp.where, condition), yes, no)
 
@@ -161,6 +185,7 @@ def _run_definition(rule, params, state, tokens, documents):
 
     def body(state, inputs):
         token, document = inputs
+        state = _bounded(state)
         if document is not None:
             state = _select(document.starts, fresh, state)
         output, after = rule.step(params, state, token)
@@ -224,7 +249,7 @@ def _run_narrow(rule, params, state, tokens):
     # tokens are not sorted into blocks first.
     @jax.checkpoint
     def body(state, token):
-        output, state = rule.step(params, state, token)
+        output, state = rule.step(params, _bounded(state), token)
         return state, output
 
     after, outputs = jax.lax.scan(body, state, tokens)
@@ -235,7 +260,7 @@ def _scan_blocks(scan, rule, params, state, blocks):
     """Whole chunks, from a chunk's start: nothing of the last chunk is carried."""
 
     def step(carry, tokens, params):
-        state = rule.open_chunk(*carry)
+        state = rule.open_chunk(*_bounded(carry))
         outputs, state = block(rule, params, state, tokens, aligned=True, complete=True)
         return rule.carried(state), outputs
 
@@ -285,6 +310,7 @@ def _run_shifted(scan, rule, params, state, tokens, documents, size):
 
     def step(state, xs, consts):
         tokens, written, ends, marks = xs
+        state = _bounded(state)
         params, fresh = consts
         if marks is not None:
             state = _select(marks[0], fresh, state)

@@ -35,9 +35,11 @@ class Optimizer(Choice):
 @dataclass(frozen=True, repr=False)
 class Guard(Choice):
     """Against a NaN or a spike: the update is skipped, and after `limit` in a row the
-    run stops. A spike is a loss above `spike` times its running mean."""
+    run stops. A spike is a loss above `spike` times its running mean, or a gradient
+    whose norm is above `norm`: that of a memory that has become chaotic."""
 
     spike: float = 2.0
+    norm: float = 1e6
     limit: int = 10
 
 

@@ -173,7 +173,7 @@ def train_step(
     norm = optax.tree.norm(gradients)
     first = state.step == state.skipped
     average = jnp.where(first, loss, state.average_loss)
-    good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= guard.spike * average)
+    good = jnp.isfinite(loss) & (loss <= guard.spike * average) & (norm <= guard.norm)
 
     updates, moments = optimizer.update(gradients, state.optimizer, state.parameters)
     parameters = optax.apply_updates(state.parameters, updates)

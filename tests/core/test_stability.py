@@ -12,11 +12,78 @@ import numpy as np
 import pytest
 
 import miras_jax as miras
-from miras_jax import bias, variants
+from miras_jax import bias, memory, retention, variants
+from miras_jax.core.memory import layer_norm
 from tests import core
 from tests.core import Case
 
 LENGTH, PARTS = 16, 8
+
+
+def _waves(prediction, value):
+    return -jnp.sum(jnp.cos(80 * (prediction - value))) / 80
+
+
+@pytest.mark.parametrize("chunk_size, way", [(1, "definition"), (1, "xla"), (4, "xla")])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_a_chaotic_memory_are_finite(chunk_size, way, packed):
+    """Weights stay where they are, but their derivative grows tenfold per step."""
+    rule = miras.Rule(
+        memory.Linear(), bias.Function(_waves), retention.Keep(), chunk_size=chunk_size
+    )
+    length = 64 * chunk_size
+    ones = jnp.ones((length, 1))
+    rates = miras.Rates(learn=0.5 * ones[:, 0])
+    documents = miras.Documents(jnp.arange(length) == 0, jnp.ones(length, bool))
+
+    def total(params, values):
+        tokens = miras.Tokens(ones, ones, values, rates)
+        outputs, _ = miras.run(
+            rule,
+            params,
+            rule.start(params),
+            tokens,
+            documents=documents if packed else None,
+            implementation=way,
+        )
+        return jnp.sum(outputs), outputs
+
+    operands = miras.Params((jnp.ones((1, 2)),)), jnp.zeros((length, 2))
+    gradients, outputs = core.jit(jax.grad(total, (0, 1), has_aux=True))(*operands)
+    assert np.all(np.abs(outputs) < 300)
+    largest = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(gradients))
+    assert 1e12 < largest < np.inf
+
+
+def test_layer_norm_of_large_inputs_has_the_derivatives_of_small_ones():
+    """LN(s x) = LN(x); powers of the variance would leave float32 at s = 1e10."""
+    rng = np.random.default_rng(0)
+    x, d, e = jnp.asarray(rng.normal(size=(3, 5, 8)), jnp.float32)
+    params = miras.Params((), jnp.ones(8), jnp.zeros(8))
+
+    def derivatives(scale):
+        def first(x):
+            return scale * jax.vjp(lambda x: layer_norm(x, params), x)[1](d)[0]
+
+        return first(scale * x), scale * jax.vjp(first, scale * x)[1](e)[0]
+
+    for small, large in zip(derivatives(1e3), derivatives(1e16), strict=True):
+        np.testing.assert_allclose(large, small, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("float64")
+def test_layer_norm_takes_out_what_all_tangents_share():
+    """Its rounding, met by that of the mean, would be what is left of the others."""
+    rng = np.random.default_rng(0)
+    x, e = rng.normal(size=(2, 5, 64))
+    x, e = (a.astype(np.float32) for a in (1 + x / 64, 30 + e))
+
+    def tangent(dtype):
+        params = miras.Params((), jnp.ones(64, dtype), jnp.zeros(64, dtype))
+        x_and_e = ((jnp.asarray(a, dtype),) for a in (x, e))
+        return jax.jvp(lambda x: layer_norm(x, params), *x_and_e)[1]
+
+    assert core.error(tangent(jnp.float32), tangent(jnp.float64)) < 1e-5
 
 
 def adverse(rule, tokens):

@@ -45,11 +45,18 @@ def with_nan(state):
     return state._replace(parameters=state.parameters | {"embedding": embedding})
 
 
+def with_steep_loss(state):
+    """Logits of 1e8, and a running mean that allows for the loss that they make."""
+    embedding = 1e8 * state.parameters["embedding"]
+    parameters = state.parameters | {"embedding": embedding}
+    return state._replace(parameters=parameters, average_loss=jnp.float32(1e12))
+
+
 @pytest.mark.parametrize(
     "case",
     [{"tokens": bad_batch()}, {"change": with_nan},
-     {"change": with_average(2.2)}],
-    ids=["nan batch", "nan parameter", "spike"],
+     {"change": with_average(2.2)}, {"change": with_steep_loss}],
+    ids=["nan batch", "nan parameter", "spike", "steep"],
 )  # fmt: skip
 def test_a_skipped_update_changes_nothing_but_the_counters(case, one_step):
     before, after, metrics = one_step(**case)

@@ -81,8 +81,9 @@ class Muon(Momentum):
                      keep_s W_{s-1} + learn_s O(m_s) (Atlas, arXiv 2505.23735, eq. 32
                      and 33). learn is one number per token.
 
-    No factor depends on a matrix's shape: every singular value of O(m) is near one, as
-    both papers print it.
+    The iteration's products have operands in the tokens' dtype, bfloat16 in Muon's own
+    code. No factor depends on a matrix's shape: every singular value of O(m) is near
+    one, as both papers print it.
 
     Inside a chunk the readout "exact" reads token s as if the chunk ended there, which
     costs the iteration for every token; "linear" leaves the iteration out, m / |m| in
