@@ -32,9 +32,10 @@ def parallel_tokens(rule: Rule, rates: Rates, tile: int) -> int:
     A chunk, as gradients inside it do not depend on each other. Exact linear rules
     (chunk_size=1, linear retention) have no such limit and take `tile`: the dot-product
     bias has gradients without an affine memory; those of L2 and a plain matrix are the
-    solution of one triangular system for all value channels, so that rates may not
-    differ between these (what is written at a key of its own may). Decays of their own
-    for every channel cost log2(tile) products of size tile, and take half of it.
+    solution of one triangular system for all value channels, or of one for each where
+    learn differs between them; decays may not differ (what is written at a key of its
+    own may). Decays of their own for every channel cost log2(tile) products of size
+    tile, and take half of it.
     """
     if rule.chunk_size > 1:
         return rule.chunk_size
@@ -46,10 +47,8 @@ def parallel_tokens(rule: Rule, rates: Rates, tile: int) -> int:
         return tile
     if rule.algorithm.at == "zero":
         return tile
-    by_value = rule.algorithm.axis == "value" and _has_channels(rates.learn)
-    by_value &= not rule.algorithm.erases
     (side,) = rule.sides(1)
-    by_value |= side != "in" and _has_channels(rule.keeps(rates)[1])
+    by_value = side != "in" and _has_channels(rule.keeps(rates)[1])
     return tile if solves(rule) and not by_value else 1
 
 
@@ -204,10 +203,10 @@ def _solve(dot, rule, flow, state, keys, values, rates):
     delta rule (arXiv 2406.06484, section 3.2).
     """
     (before,) = flow("between" if rule.algorithm.at == "retained" else "before")
-    learned = keys
-    if rates.learn is not None and rates.learn.shape[1] > 1:
+    learned, channels = keys, rates.learn is not None and rates.learn.shape[1] > 1
+    if channels and rule.algorithm.axis == "key":
         learned = rates.learn * keys
-    elif rates.learn is not None:
+    elif rates.learn is not None and not channels:
         before = before.scaled(rates.learn)
     (start,) = state.dual
     prediction = before.start.read(dot, keys, start)
@@ -215,6 +214,9 @@ def _solve(dot, rule, flow, state, keys, values, rates):
         (momentum,) = state.momentum
         prediction = prediction + before.momentum_in_dual.read(dot, keys, momentum)
     matrix = before.steps.scores(dot, keys, learned)
+    if channels and rule.algorithm.axis == "value":
+        solved = causal.substitute(matrix, rates.learn, prediction - values, dot)
+        return [keys], [solved]
     inverse = causal.unit_lower_inverse(matrix, dot)
     return [keys], [dot(inverse, prediction - values)]
 

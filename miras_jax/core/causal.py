@@ -1,7 +1,7 @@
 """How a matrix evolves over a block: the decays of gates and algorithms, combined.
 
 `steps` says who counts for whom; here a gate's decay, and a running step on top of it,
-become the `Flow` of a matrix. Beside it the inverse that the delta rule needs.
+become the `Flow` of a matrix. Beside it the solutions that the delta rule needs.
 """
 
 from functools import partial
@@ -160,3 +160,45 @@ def _inverse_backward(dot, inverse, d):
 
 
 unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def substitute(
+    lower: jax.Array, rate: jax.Array, known: jax.Array, dot: Dot
+) -> jax.Array:
+    """r of (I + N diag(rate_v)) r_v = known_v for every value channel v: `[C, V]`.
+
+    N strictly lower triangular `[C, C]`, rate `[C, V]`: as many systems as channels, so
+    that they are solved row by row, r_t = known_t - sum_{s<t} N_ts rate_s r_s, and not
+    by an inverse. A row costs C V multiplications, where a token that updates the
+    memory itself costs K V several times.
+    """
+    return _substitute(lower, rate, known, dot, reverse=False)
+
+
+def _substitute(triangle, rate, known, dot, reverse):
+    def advance(written, row):
+        triangle, own, rate, known = (x[None] for x in row)
+        r = known - dot(triangle, written)
+        return written + dot.columns(own, rate * r), r[0]
+
+    own = jnp.asarray(np.eye(len(known)), known.dtype)
+    rows = (triangle, own, rate, known)
+    return jax.lax.scan(advance, jnp.zeros_like(known), rows, reverse=reverse)[1]
+
+
+def _substitute_forward(lower, rate, known, dot):
+    solved = substitute(lower, rate, known, dot)
+    return solved, (lower, rate, solved)
+
+
+def _substitute_backward(dot, kept, d):
+    # The cotangent of known is d - rate z, z = N^T of it: the transposed systems.
+    lower, rate, solved = kept
+    z = _substitute(lower.T, rate, dot.columns(lower, d), dot, reverse=True)
+    d = d - rate * z
+    below = jnp.asarray(np.tri(len(d), k=-1), d.dtype)
+    return -below * dot.rows(d, rate * solved), -solved * z, d
+
+
+substitute.defvjp(_substitute_forward, _substitute_backward)

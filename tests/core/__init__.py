@@ -190,6 +190,8 @@ def axis_cases():
         Case("implicit", replace(linear, **implicit)),
         Case("implicit-value-channels", replace(by_value, **implicit), True),
         Case("implicit-keep", replace(longhorn, **implicit)),
+        Case("implicit-channels", replace(longhorn, **implicit), True),
+        Case("learn-value-channels", replace(linear, **retained), ("learn",)),
         Case("retained-channels", replace(plain, **retained), channelwise=True),
         Case("momentum-channels", moving, channelwise=True),
         Case("momentum-linear", replace(moving, memory=memory.Linear())),

@@ -37,6 +37,7 @@ NAMES = (
     "ttt_linear",
     "linear_attention",
     "gated_delta_net",
+    "implicit-channels",
     "delta_product",
     "huber-switch-channels",
     "decay-value-channels",
@@ -53,6 +54,7 @@ BY_TILES = (
     "decay-value-channels",
     "memora",
     "gated_delta_net",
+    "implicit-channels",
     "mesa_net",
 )
 PAIRS = [
