@@ -21,6 +21,7 @@ CHANNELS = {
         ("keep",),
     ),
     "rwkv7": ("keep", "erase"),
+    "longhorn": ("learn",),
 }
 """Rates that have a number per channel as published; the others are one per token."""
 
