@@ -14,6 +14,7 @@ lowering lacks: prefix sums are products with constant 0/1 matrices and selectio
 masks.
 """
 
+from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import jax
@@ -157,7 +158,9 @@ class ChannelSteps(NamedTuple):
         own = jnp.asarray(np.eye(len(x)), x.dtype) * self._own(x, a)
         if len(x) == 1:
             return own
-        return own + jnp.sum(self._products(dot, x, a), axis=0)
+        if self.log_in is None:
+            return own + jnp.sum(self._products(dot, x, a), axis=0)
+        return own + _decayed(dot, self.when, x, a, self.log_in)
 
     def read(self, dot, x, a, d):
         if self.log_out is None:
@@ -206,6 +209,41 @@ def _factors(log_keep: jax.Array) -> jax.Array:
     The same whenever a token looks, so that it is computed once.
     """
     return jnp.exp(prefix_sum(_halving(len(log_keep))[1], log_keep))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _decayed(dot: Dot, when: When, x: jax.Array, a: jax.Array, log_keep: jax.Array):
+    """x_t^T D_ts a_s of all s < t, one keep per token and channel: `[C, C]`.
+
+    As D_ts is the exponential of a difference b_t - b_s of sums of logs, the derivative
+    by b is x dx at the reader and -a da at the writer, channel by channel: none of the
+    factors is differentiated (as in GLA, arXiv 2312.06635, section C).
+    """
+    return _decayed_forward(dot, when, x, a, log_keep)[0]
+
+
+def _decayed_forward(dot, when, x, a, log_keep):
+    pairs = jnp.asarray(_halving(len(x))[0], x.dtype)
+    factors = _factors(log_keep)
+    kept = None if when == "before" else jnp.exp(log_keep)
+    x = x if kept is None else x * kept
+    products = dot(x[None] * factors, jnp.swapaxes(a[None] * factors, 1, 2))
+    return jnp.sum(pairs * products, axis=0), (x, a, factors, kept)
+
+
+def _decayed_backward(dot, when, residuals, d):
+    x, a, factors, kept = residuals
+    pairs = jnp.asarray(_halving(len(x))[0], x.dtype) * d[None]
+    dx = jnp.sum(factors * dot(pairs, a[None] * factors), axis=0)
+    da = jnp.sum(factors * dot.columns(pairs, x[None] * factors), axis=0)
+    later = np.tri(len(x)).T
+    if kept is None:
+        at_reader = prefix_sum(np.tri(len(x), k=-1).T, x * dx)
+        return dx, da, at_reader - prefix_sum(later, a * da)
+    return dx * kept, da, prefix_sum(later, x * dx - a * da)
+
+
+_decayed.defvjp(_decayed_forward, _decayed_backward)
 
 
 def _summed_decay(log_keep: jax.Array, when: When, sums: jax.Array) -> jax.Array:
