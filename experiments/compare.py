@@ -101,8 +101,13 @@ def table(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def command(about: str, known: Collection[str], folder: str) -> argparse.ArgumentParser:
-    """The parser of a command that does all that is known, or what it is given."""
+def command(
+    about: str, known: Collection[str], folder: str, results: Path | None = None
+) -> argparse.ArgumentParser:
+    """The parser of a command that does all that is known, or what it is given.
+
+    results: where it keeps what it has made of all of them, or of any.
+    """
 
     def name(text: str) -> str:
         if text not in known:
@@ -114,13 +119,14 @@ def command(about: str, known: Collection[str], folder: str) -> argparse.Argumen
         "names", nargs="*", type=name, metavar="NAME", help=", ".join(known)
     )
     parser.add_argument("--folder", type=Path, default=Path(folder))
+    if results is not None:
+        parser.add_argument("--results", type=Path, default=results)
     return parser
 
 
 def main() -> None:
-    parser = command(__doc__, MIXERS, folder="runs/compare")
+    parser = command(__doc__, MIXERS, folder="runs/compare", results=RESULTS)
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     base = dataclasses.replace(quickstart(), steps=arguments.steps)
     rows, curves = [], {}

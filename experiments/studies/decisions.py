@@ -18,16 +18,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.compare import command, table
-from experiments.studies.rows import Rows
-from experiments.studies.small import CHUNK, HEADS, WIDTH, experiment
+from experiments.compare import command
+from experiments.studies.rows import Rows, report
+from experiments.studies.small import CHUNK, HEADS, WIDTH, experiment, trained
 from miras_jax import bias, memory, retention, variants
 from miras_jax.nn.defaults import RateChoices, default_rates
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.rates import PerHead
 from miras_jax.training.config import Experiment
 from miras_jax.training.metrics import read_table
-from miras_jax.training.train import Diverged, train
 
 STEPS, AFTER, SEEDS = 150, 50, (0, 1, 2)
 HEAD_DIM = WIDTH // HEADS
@@ -117,15 +116,11 @@ RESULTS = Path(__file__).parents[1] / "results" / "decisions"
 
 def measure(wanted: Experiment, workdir: Path) -> dict:
     """Train one seed of a row: its held-out loss and largest late gradient norm."""
-    try:
-        loss = train(wanted, workdir).heldout_loss
-    except Diverged as error:
-        print(error)
-        loss = None
+    result = trained(wanted, workdir)
     norms = np.asarray(read_table(workdir / "metrics.csv")["gradient_norm"])
     late = norms[min(AFTER, wanted.steps // 2) :]
     largest = float(late.max()) if np.all(np.isfinite(late)) else None
-    return {"loss": loss, "gradient norm": largest}
+    return {"loss": result and result.heldout_loss, "gradient norm": largest}
 
 
 def line(name: str, seeds: list[dict]) -> dict:
@@ -146,10 +141,9 @@ def line(name: str, seeds: list[dict]) -> dict:
 
 
 def main() -> None:
-    parser = command(__doc__, ROWS, folder="runs/decisions")
+    parser = command(__doc__, ROWS, folder="runs/decisions", results=RESULTS)
     parser.add_argument("--seeds", type=int, default=len(SEEDS), metavar="N")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     kept = Rows(arguments.folder / "rows.jsonl")
     lines = []
@@ -174,10 +168,7 @@ def main() -> None:
             )
         lines.append(line(name, seeds))
         jax.clear_caches()
-    print(f"\n{table(lines)}")
-    if not arguments.names:
-        arguments.results.mkdir(parents=True, exist_ok=True)
-        (arguments.results / "table.md").write_text(table(lines) + "\n")
+    report(lines, arguments)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.compare import command, table
-from experiments.studies.rows import Rows
-from experiments.studies.small import CHUNK, HEADS, WIDTH, experiment
+from experiments.compare import command
+from experiments.studies.rows import Rows, report
+from experiments.studies.small import CHUNK, HEADS, WIDTH, experiment, trained
 from miras_jax.nn import recipes
 from miras_jax.nn.functional import FunctionalModel
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Mixer
 from miras_jax.training.metrics import read_table
-from miras_jax.training.train import Diverged, train
 
 STEPS, EVERY = 300, 100
 RESULTS = Path(__file__).parents[1] / "results" / "models"
@@ -64,10 +63,7 @@ def measure(name: str, steps: int, workdir: Path) -> dict:
     """Train one model: held-out loss on the way, speed, largest gradient norm."""
     every = max(1, steps * EVERY // STEPS)
     wanted = experiment(mixers(name), steps=steps, evaluate_every=every)
-    try:
-        train(wanted, workdir)
-    except Diverged as error:
-        print(error)
+    trained(wanted, workdir)
     metrics = read_table(workdir / "metrics.csv")
     heldout = read_table(workdir / "evaluations.csv")
     vocabulary = wanted.data.tokenizer.vocab_size
@@ -96,9 +92,8 @@ def line(name: str, row: dict) -> dict:
 
 
 def main() -> None:
-    parser = command(__doc__, NAMES, folder="runs/models")
+    parser = command(__doc__, NAMES, folder="runs/models", results=RESULTS)
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     kept = Rows(arguments.folder / "rows.jsonl")
     lines = []
@@ -114,10 +109,7 @@ def main() -> None:
         )
         lines.append(line(name, row))
         jax.clear_caches()
-    print(f"\n{table(lines)}")
-    if not arguments.names:
-        arguments.results.mkdir(parents=True, exist_ok=True)
-        (arguments.results / "table.md").write_text(table(lines) + "\n")
+    report(lines, arguments)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Rows of a table that survive an interruption: measured once, kept in a file."""
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+
+from experiments.compare import table
 
 
 class Rows:
@@ -31,3 +34,11 @@ class Rows:
                 file.write(json.dumps(row) + "\n")
             self._rows[name] = row
         return row["measured"]
+
+
+def report(lines: list[dict], arguments: argparse.Namespace) -> None:
+    """Print the table; that of all rows is kept, too."""
+    print(f"\n{table(lines)}")
+    if not arguments.names:
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        (arguments.results / "table.md").write_text(table(lines) + "\n")

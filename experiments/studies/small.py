@@ -1,10 +1,12 @@
 """The small language model of the studies: the quickstart's data, minutes a run."""
 
 import dataclasses
+from pathlib import Path
 
 from experiments.quickstart import experiment as quickstart
 from miras_jax.nn.model import Mixer
 from miras_jax.training.config import Experiment
+from miras_jax.training.train import Diverged, Result, train
 
 WIDTH, HEADS, CONTEXT, CHUNK = 96, 3, 128, 16
 
@@ -26,3 +28,22 @@ def experiment(
         evaluate_windows=128,
         checkpoint_every=steps,
     )
+
+
+def trained(wanted: Experiment, workdir: Path) -> Result | None:
+    """Train to the last step; None if that diverged.
+
+    A run that was asked to stop before ends the command, which goes on from there when
+    it is given again.
+    """
+    try:
+        result = train(wanted, workdir)
+    except Diverged as error:
+        print(error)
+        return None
+    if not result.finished:
+        raise SystemExit(
+            f"stopped after step {result.step} of {wanted.steps} in {workdir}; the "
+            "same command goes on from there"
+        )
+    return result

@@ -13,17 +13,19 @@ the long row its own time.
 """
 
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import miras_jax as miras
-from experiments.compare import command, table
-from experiments.studies.rows import Rows
+from experiments.compare import command
+from experiments.studies.rows import Rows, report
 from experiments.untrained import rates
 from miras_jax import variants
 
+RESULTS = Path(__file__).parents[1] / "results" / "stability"
 DIM, LENGTH, LONG = 32, 1024, 65_536
 CASES = {
     "bf16": "bfloat16",
@@ -102,7 +104,7 @@ def cell(found: dict) -> str:
 
 def main() -> None:
     names = {make.__name__: make for make in variants.ALL}
-    parser = command(__doc__, names, folder="runs/stability")
+    parser = command(__doc__, names, folder="runs/stability", results=RESULTS)
     parser.add_argument("--length", type=int, default=LENGTH, metavar="N")
     parser.add_argument("--long", type=int, default=LONG, metavar="N")
     arguments = parser.parse_args()
@@ -121,8 +123,8 @@ def main() -> None:
             print(f"{name} {case}: {line[about]}", flush=True)
         lines.append(line)
         jax.clear_caches()
-    print("\nlargest output, largest gradient\n")
-    print(table(lines))
+    print("\nlargest output, largest gradient")
+    report(lines, arguments)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,19 @@ to three minutes a row on two cores; runs go to runs/starts/NAME and continue wh
 stopped.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from experiments.compare import table
+from experiments.compare import command, table
 from experiments.quickstart import experiment as quickstart
+from experiments.studies.small import trained
 from miras_jax import variants
 from miras_jax.nn.miras import Miras, default_rates
 from miras_jax.nn.rates import Fixed, LowRank
 from miras_jax.training.metrics import read_table
-from miras_jax.training.train import train
 
 STEPS, AFTER = 150, 50
 
@@ -70,25 +69,19 @@ def run_one(name: str, folder: Path) -> dict:
         evaluate_every=STEPS,
         evaluate_windows=128,
     )
-    result = train(experiment, folder / name)
+    result = trained(experiment, folder / name)
     metrics = read_table(folder / name / "metrics.csv")
     norms = np.asarray(metrics["gradient_norm"])[AFTER:]
     return {
         "row": name,
         "": about,
-        "held-out nats per token": f"{result.heldout_loss:.3f}",
+        "held-out nats per token": f"{result.heldout_loss:.3f}" if result else "-",
         "largest gradient norm": f"{norms.max():.2g}",
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ROWS))
-    parser.add_argument("--folder", type=Path, default=Path("runs/starts"))
-    arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(ROWS)
-    if unknown:
-        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    arguments = command(__doc__, ROWS, folder="runs/starts").parse_args()
     rows = []
     for name in arguments.names or ROWS:
         print(f"\n{name}", flush=True)

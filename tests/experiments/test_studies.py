@@ -1,13 +1,16 @@
 """Studies: rows that are measured once, and experiments that can be built."""
 
+from argparse import Namespace
+
 import jax
 import numpy as np
 import pytest
 
 from experiments.studies import decisions, models, small, stability
-from experiments.studies.rows import Rows
+from experiments.studies.rows import Rows, report
 from miras_jax import variants
 from miras_jax.nn.functional import FunctionalModel
+from miras_jax.training.train import Diverged, Result
 
 
 def test_a_row_is_measured_once_until_it_describes_something_else(tmp_path):
@@ -27,6 +30,36 @@ def test_a_row_is_measured_once_until_it_describes_something_else(tmp_path):
     assert Rows(path).measure("b", "x", lambda: measure(5)) == {"value": 5}
     assert Rows(path).measure("b", "x", lambda: measure(6)) == {"value": 5}
     assert measured == [1, 3, 5]
+
+
+def test_a_study_goes_on_where_a_run_diverged_and_ends_where_it_was_stopped(
+    tmp_path, monkeypatch
+):
+    def ends(outcome):
+        def train(wanted, workdir):
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(small, "train", train)
+        mixer = decisions.ROWS["yaad"][1]
+        wanted = small.experiment((mixer,), steps=4, evaluate_every=4)
+        return small.trained(wanted, tmp_path)
+
+    result = Result(4, True, 5.0)
+    assert ends(result) is result
+    assert ends(Diverged("training diverged")) is None
+    with pytest.raises(SystemExit, match="stopped after step 3 of 4"):
+        ends(Result(3, False, None))
+
+
+def test_a_table_of_all_rows_is_kept(tmp_path):
+    lines = [{"rule": "a", "loss": "1|2"}]
+    kept = tmp_path / "results" / "table.md"
+    report(lines, Namespace(names=["a"], results=kept.parent))
+    assert not kept.exists()
+    report(lines, Namespace(names=[], results=kept.parent))
+    assert kept.read_text().splitlines()[-1] == r"| a | 1\|2 |"
 
 
 def test_a_line_of_decisions_tells_mean_range_and_what_diverged():
