@@ -236,11 +236,12 @@ def _decayed_backward(dot, when, residuals, d):
     pairs = jnp.asarray(_halving(len(x))[0], x.dtype) * d[None]
     dx = jnp.sum(factors * dot(pairs, a[None] * factors), axis=0)
     da = jnp.sum(factors * dot.columns(pairs, x[None] * factors), axis=0)
-    later = np.tri(len(x)).T
+    at_reader, at_writer = x * dx, a * da
     if kept is None:
-        at_reader = prefix_sum(np.tri(len(x), k=-1).T, x * dx)
-        return dx, da, at_reader - prefix_sum(later, a * da)
-    return dx * kept, da, prefix_sum(later, x * dx - a * da)
+        # Before its own decay a reader does not see it.
+        worth = prefix_sum(np.tri(len(x)).T, at_reader - at_writer) - at_reader
+        return dx, da, worth
+    return dx * kept, da, prefix_sum(np.tri(len(x)).T, at_reader - at_writer)
 
 
 _decayed.defvjp(_decayed_forward, _decayed_backward)

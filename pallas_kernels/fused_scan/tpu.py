@@ -239,11 +239,12 @@ def backward(
 def _bytes(program: Program, functions, carries: int, chunks: int = 1) -> int:
     """On chip for one element: blocks of so many carries and chunks, twice each.
 
-    And what the loops of the functions that it runs through keep there.
+    And what the loops of the functions that it runs through keep there, twice: as much
+    again lives beside a loop, for what follows it.
     """
     flow = padded(program.x) + padded(program.y)
     blocks = 2 * (carries * padded(program.carry) + chunks * flow)
-    return blocks + max(loop_bytes(function) for function in functions)
+    return blocks + 2 * max(loop_bytes(function) for function in functions)
 
 
 def _group(size: int, operands: Sequence[Operand], element_bytes: int) -> int:
