@@ -146,12 +146,10 @@ class ChannelSteps(NamedTuple):
 
     def _products(self, dot, x, a):
         """x_t^T D_ts a_s of the pairs of each size, D of the key axis: `[n, C, C]`."""
-        pairs = jnp.asarray(_halving(len(x))[0], x.dtype)
         if self.log_in is None:
+            pairs = jnp.asarray(_halving(len(x))[0], x.dtype)
             return pairs * dot.rows(x, a)[None]
-        factors = _factors(self.log_in)
-        x = self._kept(x, self.log_in)
-        return pairs * dot(x[None] * factors, jnp.swapaxes(a[None] * factors, 1, 2))
+        return _by_size(dot, self._kept(x, self.log_in), a, _factors(self.log_in))
 
     def scores(self, dot, x, a):
         a = a if self.rate is None else a * self.rate
@@ -211,24 +209,29 @@ def _factors(log_keep: jax.Array) -> jax.Array:
     return jnp.exp(prefix_sum(_halving(len(log_keep))[1], log_keep))
 
 
+def _by_size(dot, x, a, factors):
+    """x_t^T D_ts a_s of the pairs of each size, D as factors: `[n, C, C]`."""
+    pairs = jnp.asarray(_halving(len(x))[0], x.dtype)
+    return pairs * dot(x[None] * factors, jnp.swapaxes(a[None] * factors, 1, 2))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _decayed(dot: Dot, when: When, x: jax.Array, a: jax.Array, log_keep: jax.Array):
     """x_t^T D_ts a_s of all s < t, one keep per token and channel: `[C, C]`.
 
     As D_ts is the exponential of a difference b_t - b_s of sums of logs, the derivative
     by b is x dx at the reader and -a da at the writer, channel by channel: none of the
-    factors is differentiated (as in GLA, arXiv 2312.06635, section C).
+    factors is differentiated (as in GLA, arXiv 2312.06635).
     """
     return _decayed_forward(dot, when, x, a, log_keep)[0]
 
 
 def _decayed_forward(dot, when, x, a, log_keep):
-    pairs = jnp.asarray(_halving(len(x))[0], x.dtype)
     factors = _factors(log_keep)
     kept = None if when == "before" else jnp.exp(log_keep)
     x = x if kept is None else x * kept
-    products = dot(x[None] * factors, jnp.swapaxes(a[None] * factors, 1, 2))
-    return jnp.sum(pairs * products, axis=0), (x, a, factors, kept)
+    products = _by_size(dot, x, a, factors)
+    return jnp.sum(products, axis=0), (x, a, factors, kept)
 
 
 def _decayed_backward(dot, when, residuals, d):
