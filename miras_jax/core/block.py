@@ -82,7 +82,8 @@ def block(
     rates = rates._replace(learn=rule.algorithm.step_size(rates.learn, keys))
     matrices = len(state.dual)
     seen, past = coefficients.pairs_seen(rule, state, keys, values, rates, written)
-    flow = partial(coefficients.flows, rule, rates, matrices, keys, written, seen)
+    decays = coefficients.kept(rule, rates, matrices, keys)
+    flow = partial(coefficients.flows, rule, rates, decays, written, seen)
 
     anchor_dual = state.dual if aligned else state.anchor
     anchor = tuple(rule.retention.weights(a) for a in anchor_dual)
@@ -99,7 +100,7 @@ def block(
         inputs, cotangents = _factors(dot, rule, params, anchor, seen, starts)
 
     strides = (
-        coefficients.strides(rule, rates, state, keys)
+        coefficients.strides(rule, rates, state, keys, decays)
         if rule.algorithm.strides
         else None
     )

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from miras_jax.core.product import Dot, apply, column, prefix_sum
+from miras_jax.core.channels import ChannelSteps
+from miras_jax.core.product import Dot, apply
 from miras_jax.core.steps import (
     Carried,
-    ChannelSteps,
     DenseSteps,
     Steps,
     TokenSteps,
@@ -22,17 +22,8 @@ from miras_jax.core.steps import (
     dense_decay,
     pairwise_decay,
 )
+from miras_jax.core.sums import ChannelSums, Sums, sums
 from miras_jax.core.types import Side
-
-
-def safe_log(rate: jax.Array) -> jax.Array:
-    """log(rate), with its gradient finite also where a rate in [0, 1] is about zero.
-
-    Rates below eps^2 count as eps^2, which leaves no trace of what was before. The
-    gradient of the log is a difference of sums, true to eps of them, and is divided by
-    the rate: at the smallest numbers that gives infinities, and 0 * inf behind a max.
-    """
-    return jnp.log(jnp.maximum(rate, jnp.finfo(rate.dtype).eps ** 2))
 
 
 class Flow(NamedTuple):
@@ -55,52 +46,46 @@ class Flow(NamedTuple):
 
 
 def decay_flow(
-    log_keep: jax.Array | tuple[jax.Array, jax.Array],
+    decay: Sums | tuple[ChannelSums, ChannelSums],
     side: Side | None,
     when: When = "after",
 ) -> Flow:
-    """A_s = keep_s A_{s-1} + step_s, keep as logarithms `[C, 1 or channels]`.
+    """A_s = keep_s A_{s-1} + step_s, keep as sums of logarithms.
 
     Of side "both" it is a pair, of the key and the value channels.
     """
     if side == "both":
         rows, columns = (
-            decay_flow(log, each, when)
-            for log, each in zip(log_keep, ("in", "out"), strict=True)
+            decay_flow(each, of, when)
+            for each, of in zip(decay, ("in", "out"), strict=True)
         )
         start = rows.start._replace(side="both", values=columns.start)
-        return Flow(start, ChannelSteps(*log_keep, when))
-    size = log_keep.shape[0]
-    total = jnp.sum(log_keep, axis=0, keepdims=True)
-    if log_keep.shape[1] > 1:
-        seen = prefix_sum(np.tri(size, k=-1 if when == "before" else 0), log_keep)
-        logs = (log_keep, None) if side == "in" else (None, log_keep)
-        start = Carried(jnp.exp(seen), jnp.exp(total), side)
-        return Flow(start, ChannelSteps(*logs, when))
-    upto = jnp.asarray(np.tri(size).T, log_keep.dtype)
-    sums_row = jnp.sum(upto * log_keep, axis=0, keepdims=True)
-    sums = column(sums_row)
-    seen = sums - log_keep if when == "before" else sums
-    mix = pairwise_decay(seen - sums_row, np.tri(size, k=0 if when == "after" else -1))
-    start = Carried(jnp.exp(seen), jnp.exp(total), side)
-    return Flow(start, TokenSteps(mix, jnp.exp(total - sums)))
+        return Flow(start, ChannelSteps(*decay, when))
+    seen = decay.seen - decay.own if when == "before" else decay.seen
+    start = Carried(jnp.exp(seen), jnp.exp(decay.total), side)
+    if isinstance(decay, ChannelSums):
+        by_axis = (decay, None) if side == "in" else (None, decay)
+        return Flow(start, ChannelSteps(*by_axis, when))
+    pairs = decay.pairs - decay.own if when == "before" else decay.pairs
+    mix = pairwise_decay(pairs, np.tri(len(seen), k=0 if when == "after" else -1))
+    return Flow(start, TokenSteps(mix, jnp.exp(decay.later)))
 
 
 def momentum_flow(
-    log_keep: jax.Array,
-    log_momentum: jax.Array,
+    decay: Sums,
+    momentum: jax.Array,
     side: Side | None,
     when: When = "after",
     written: jax.Array | None = None,
 ) -> Flow:
     """m_s = momentum_s m_{s-1} + u_s, then A_s = keep_s A_{s-1} + written_s m_s.
 
-    The composition of two decays. `log_momentum` is `[C, 1]`; `written` `[C, 1]` is 0
-    for tokens that must leave no trace (padding).
+    The composition of two decays. `momentum` is `[C, 1]`; `written` `[C, 1]` is 0 for
+    tokens that must leave no trace (padding).
     """
-    decay = decay_flow(log_keep, side, when)
-    steps = decay.steps
-    own = decay_flow(log_momentum, None)
+    flow = decay_flow(decay, side, when)
+    steps = flow.steps
+    own = decay_flow(sums(momentum), None)
     through = own.start.kept
     if isinstance(steps, TokenSteps):
         if written is not None:
@@ -108,7 +93,7 @@ def momentum_flow(
         composed = steps.summed(own.steps.mix)
         carried = apply(steps.mix, through)
     else:
-        mix, to_end = dense_decay(log_keep, when)
+        mix, to_end = dense_decay(decay, when)
         if written is not None:
             mix, to_end = mix * written[None], to_end * written
         composed = DenseSteps(mix, to_end, side).summed(own.steps.mix)
@@ -116,7 +101,7 @@ def momentum_flow(
         steps = TokenSteps(mix, to_end)
     at_end = jnp.sum(steps.to_end * through, axis=0, keepdims=True)
     return Flow(
-        decay.start,
+        flow.start,
         composed,
         momentum_in_dual=Carried(carried, at_end, side),
         momentum=(own.start, own.steps),

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from miras_jax.core import causal, window
 from miras_jax.core.product import Dot
 from miras_jax.core.steps import Carried
-from miras_jax.core.types import Past
+from miras_jax.core.sums import ChannelSums, Sums, sums
+from miras_jax.core.types import Past, Side
 
 
 def per_matrix(rate, sides, keys):
@@ -72,20 +73,37 @@ def pairs_seen(rule, state, keys, values, rates, written):
     return Seen(*both, view.sums), past
 
 
-def flows(rule, rates, matrices, keys, written, seen, when):
-    """The recurrences of each matrix; those of the same keep are one and the same."""
+class Kept(NamedTuple):
+    """What a gate keeps of a matrix over the block."""
+
+    side: Side | None  # None: one number per token
+    sums: Sums | tuple[ChannelSums, ChannelSums]  # a pair of side "both"
+
+
+def kept(rule, rates, matrices, keys) -> list[Kept]:
+    """Of each matrix; those of the same keep are one and the same."""
     made = {}
     every = []
     for side, keep in keeps(rule, rates, matrices, keys):
         if (side, id(keep)) not in made:
-            log_keep = jax.tree.map(causal.safe_log, keep)
-            flow = rule.algorithm.flow(log_keep, rates.momentum, side, when, written)
-            made[side, id(keep)] = flow if seen.sums is None else flow.summed(seen.sums)
+            made[side, id(keep)] = Kept(side, jax.tree.map(sums, keep))
         every.append(made[side, id(keep)])
     return every
 
 
-def strides(rule, rates, state, keys):
+def flows(rule, rates, decays, written, seen, when):
+    """The recurrences of each matrix, `decays` those of `kept`; equal ones are one."""
+    made = {}
+    for each in decays:
+        if id(each) not in made:
+            flow = rule.algorithm.flow(
+                each.sums, rates.momentum, each.side, when, written
+            )
+            made[id(each)] = flow if seen.sums is None else flow.summed(seen.sums)
+    return [made[id(each)] for each in decays]
+
+
+def strides(rule, rates, state, keys, decays):
     """stride_t of each matrix, as what multiplies a step's inputs or outputs.
 
     Of a matrix on whose inputs the gate acts it is a column, else a row.
@@ -97,12 +115,12 @@ def strides(rule, rates, state, keys):
     dot = Dot(keys.dtype, keys.dtype)
     ones = jnp.ones_like(learn)
     every = []
-    for (side, keep), of, start in zip(
-        keeps(rule, rates, matrices, keys), sides, before, strict=True
-    ):
+    for (side, decay), of, start in zip(decays, sides, before, strict=True):
         start = start.T if of == "in" else start
-        flow = causal.decay_flow(causal.safe_log(keep), "out" if side else None)
-        step = learn * jnp.ones((1, max(keep.shape[1], start.shape[1])), keys.dtype)
+        flow = causal.decay_flow(decay, "out" if side else None)
+        step = learn * jnp.ones(
+            (1, max(decay.own.shape[1], start.shape[1])), keys.dtype
+        )
         each = flow.start.kept * start + flow.steps.read(dot, ones, ones, step)
         total = flow.start.total * start + flow.steps.end(dot, ones, step)
         every.append(Carried(each, total, "in" if of == "in" else "out"))

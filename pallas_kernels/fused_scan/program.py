@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from pallas_kernels.fused_scan.simplify import Simplifier
+
 Struct = jax.ShapeDtypeStruct
 
 CALLS = {
@@ -159,7 +161,9 @@ def trace(
 
 def _trace(function: Callable, *operands: Struct) -> Function:
     closed = jax.make_jaxpr(function)(*operands)
-    inlined = jax.make_jaxpr(lambda *xs: _inline(closed.jaxpr, closed.consts, xs))
+    inlined = jax.make_jaxpr(
+        lambda *xs: _inline(closed.jaxpr, closed.consts, xs, Simplifier())
+    )
     closed = inlined(*operands)
     everything = Function(closed.jaxpr, tuple(closed.consts))
     return _keep(everything, [True] * len(closed.jaxpr.outvars))
@@ -172,12 +176,12 @@ def _keep(function: Function, outputs: Sequence[bool]) -> Function:
     return Function(jaxpr, tuple(c for c, use in constants if use))
 
 
-def _inline(jaxpr, constants, operands):
+def _inline(jaxpr, constants, operands, simplifier=None):
     """Evaluate a jaxpr, and those that it calls as if they were written in it."""
-    return _evaluate(jaxpr, constants, [operands])[0]
+    return _evaluate(jaxpr, constants, [operands], None, simplifier)[0]
 
 
-def _evaluate(jaxpr, constants, elements, loop=None):
+def _evaluate(jaxpr, constants, elements, loop=None, simplifier=None):
     shared = dict(zip(jaxpr.constvars, constants, strict=True))
     values = [shared | dict(zip(jaxpr.invars, e, strict=True)) for e in elements]
 
@@ -189,7 +193,7 @@ def _evaluate(jaxpr, constants, elements, loop=None):
         if loop and equation.primitive.name == "scan":
             results = loop(Loop.of(equation), inputs)
         else:
-            results = [_apply(equation, each) for each in inputs]
+            results = [_apply(equation, each, simplifier) for each in inputs]
         for known, each in zip(values, results, strict=True):
             known |= zip(equation.outvars, each, strict=True)
 
@@ -203,19 +207,24 @@ def _evaluate(jaxpr, constants, elements, loop=None):
     return [[result(known, atom) for atom in jaxpr.outvars] for known in values]
 
 
-def _apply(equation, inputs):
+def _apply(equation, inputs, simplifier=None):
     name = equation.primitive.name
     if name not in CALLS:
         params = equation.params
-        if name == "scan":
-            captured, params = _closed(params)
-            inputs = [*captured, *inputs]
-        results = equation.primitive.bind(*inputs, **params)
-        return results if equation.primitive.multiple_results else [results]
+
+        def bind(inputs):
+            given = params
+            if name == "scan":
+                captured, given = _closed(params)
+                inputs = [*captured, *inputs]
+            results = equation.primitive.bind(*inputs, **given)
+            return results if equation.primitive.multiple_results else [results]
+
+        return simplifier(equation, inputs, bind) if simplifier else bind(inputs)
     called = equation.params[CALLS[name]]
     if isinstance(called, core.ClosedJaxpr):
-        return _inline(called.jaxpr, called.consts, inputs)
-    return _inline(called, (), inputs)
+        return _inline(called.jaxpr, called.consts, inputs, simplifier)
+    return _inline(called, (), inputs, simplifier)
 
 
 def _closed(params):

@@ -37,7 +37,7 @@ class Algorithm(Protocol):
     def step(self, carried: jax.Array | None, update: jax.Array, momentum):
         """(step that enters the dual, new state) of one matrix at one token."""
 
-    def flow(self, log_keep, momentum, side, when, written) -> causal.Flow:
+    def flow(self, decay, momentum, side, when, written) -> causal.Flow:
         """The recurrences of one matrix over a block of tokens."""
 
     def settle(
@@ -82,8 +82,8 @@ class Descent(Choice):
     def step(self, carried, update, momentum):
         return update, None
 
-    def flow(self, log_keep, momentum, side, when, written):
-        return causal.decay_flow(log_keep, side, when)
+    def flow(self, decay, momentum, side, when, written):
+        return causal.decay_flow(decay, side, when)
 
     def settle(self, dual, momentum, stride, dot):
         return dual
@@ -177,9 +177,8 @@ class Momentum(Descent):
         m = momentum * carried + update
         return m, m
 
-    def flow(self, log_keep, momentum, side, when, written):
-        log_momentum = causal.safe_log(momentum)
-        return causal.momentum_flow(log_keep, log_momentum, side, when, written)
+    def flow(self, decay, momentum, side, when, written):
+        return causal.momentum_flow(decay, momentum, side, when, written)
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,6 +10,7 @@ import numpy as np
 from miras_jax.core import causal
 from miras_jax.core.algorithm.descent import At, Momentum
 from miras_jax.core.product import Dot
+from miras_jax.core.sums import sums
 from miras_jax.errors import UserError
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -115,10 +116,10 @@ class Muon(Momentum):
     def step(self, carried, update, momentum):
         return 0.0, momentum * carried + update
 
-    def flow(self, log_keep, momentum, side, when, written):
-        decay = causal.decay_flow(log_keep, side, when)
-        own = causal.decay_flow(causal.safe_log(momentum), None)
-        return decay._replace(momentum=(own.start, own.steps))
+    def flow(self, decay, momentum, side, when, written):
+        flow = causal.decay_flow(decay, side, when)
+        own = causal.decay_flow(sums(momentum), None)
+        return flow._replace(momentum=(own.start, own.steps))
 
     def settle(self, dual, momentum, stride, dot):
         stride = stride or (1.0,) * len(dual)

@@ -67,8 +67,8 @@ class Omega(Choice):
     def step(self, carried, update, momentum):
         return self.inner.step(carried, update, momentum)
 
-    def flow(self, log_keep, momentum, side, when, written):
-        return self.inner.flow(log_keep, momentum, side, when, written)
+    def flow(self, decay, momentum, side, when, written):
+        return self.inner.flow(decay, momentum, side, when, written)
 
     def settle(self, dual, momentum, stride, dot):
         return self.inner.settle(dual, momentum, stride, dot)

@@ -1,0 +1,103 @@
+"""Sums of the logarithms of keep over a block: all that a decay is made of.
+
+What a gate keeps between two moments of a block is the exponential of a difference of
+running sums. They are taken once for all that reads and writes in the block, so that
+the derivative by keep takes one sum, too.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from miras_jax.core.product import column, prefix_sum
+
+
+class TokenSums(NamedTuple):
+    """Of one keep per token."""
+
+    own: jax.Array  # log keep_t: [C, 1]
+    seen: jax.Array  # of all tokens up to t: [C, 1]
+    pairs: jax.Array  # of those after s and up to t: [C, C]
+    later: jax.Array  # of all after t: [C, 1]
+    total: jax.Array  # of all: [1, 1]
+
+
+class ChannelSums(NamedTuple):
+    """Of one keep per token and channel."""
+
+    own: jax.Array  # [C, channels]
+    seen: jax.Array
+    later: jax.Array
+    total: jax.Array  # [1, channels]
+    factors: jax.Array  # kept between t and the middle of its piece: [n, C, channels]
+
+
+Sums = TokenSums | ChannelSums
+
+
+def sums(keep: jax.Array) -> Sums:
+    """The sums of log keep, `[C, 1 or channels]`."""
+    own = safe_log(keep)
+    if own.shape[1] > 1:
+        seen, later, total = _running(own)
+        factors = jnp.exp(prefix_sum(halving(len(own))[1], own))
+        return ChannelSums(own, seen, later, total, factors)
+    upto = jnp.asarray(np.tri(len(own)).T, own.dtype)
+    row = jnp.sum(upto * own, axis=0, keepdims=True)
+    seen, total = column(row), jnp.sum(own, axis=0, keepdims=True)
+    return TokenSums(own, seen, seen - row, total - seen, total)
+
+
+def safe_log(rate: jax.Array) -> jax.Array:
+    """log(rate), with its gradient finite also where a rate in [0, 1] is about zero.
+
+    Rates below eps^2 count as eps^2, which leaves no trace of what was before. The
+    gradient of the log is a difference of sums, true to eps of them, and is divided by
+    the rate: at the smallest numbers that gives infinities, and 0 * inf behind a max.
+    """
+    return jnp.log(jnp.maximum(rate, jnp.finfo(rate.dtype).eps ** 2))
+
+
+def halving(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """0/1 masks of the n sizes of pieces of a block that is halved again and again.
+
+    pairs `[n, C, C]` in the two halves of a piece; tokens `[n, C, C]` whose keep lies
+    between token t and the middle of its piece, its own left out.
+    """
+    rows = np.arange(size)[:, None]
+    columns = rows.T
+    pairs, between = [], []
+    for half in (2**i for i in range((size - 1).bit_length())):
+        second = (rows // half) % 2 == 1
+        middle = (rows // half + 1 - second) * half
+        as_reader = (columns >= middle) & (columns < rows)
+        as_writer = (columns > rows) & (columns < middle)
+        same = rows // (2 * half) == columns // (2 * half)
+        pairs.append(same & second & ~second.T)
+        between.append(np.where(second, as_reader, as_writer))
+    masks = (-1, size, size)
+    return np.array(pairs).reshape(masks), np.array(between).reshape(masks)
+
+
+@jax.custom_vjp
+def _running(own: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums up to each token, of all after it, and of all."""
+    seen, later = np.tri(len(own)), np.tri(len(own), k=-1).T
+    total = jnp.sum(own, axis=0, keepdims=True)
+    return prefix_sum(seen, own), prefix_sum(later, own), total
+
+
+def _running_forward(own):
+    return _running(own), None
+
+
+def _running_backward(_, d):
+    # What is not later than t is seen by t: one sum for both.
+    seen, later, total = d
+    everywhere = total + jnp.sum(later, axis=0, keepdims=True)
+    return (prefix_sum(np.tri(len(seen)).T, seen - later) + everywhere,)
+
+
+_running.defvjp(_running_forward, _running_backward)
