@@ -82,7 +82,7 @@ def block(
     rates = rates._replace(learn=rule.algorithm.step_size(rates.learn, keys))
     matrices = len(state.dual)
     seen, past = coefficients.pairs_seen(rule, state, keys, values, rates, written)
-    decays = coefficients.kept(rule, rates, matrices, keys)
+    decays = coefficients.kept(dot, rule, rates, matrices, keys)
     flow = partial(coefficients.flows, rule, rates, decays, written, seen)
 
     anchor_dual = state.dual if aligned else state.anchor

@@ -53,17 +53,20 @@ class ChannelSteps(NamedTuple):
         return seen * jnp.sum(x * a, axis=1, keepdims=True)
 
     def _products(self, dot, x, a):
-        """x_t^T D_ts a_s of the pairs of each size, D of the key axis: `[n, C, C]`."""
-        if self.rows is None:
-            return _pairs(x) * dot.rows(x, a)[None]
-        return _by_size(dot, self.when, x, a, self.rows)
+        """x_t^T D_ts a_s of pairs side by side and of others, D of the key axis."""
+        if self.rows is not None:
+            return _by_size(dot, self.when, x, a, self.rows)
+        near, far = _pairs(x)
+        products = dot.rows(x, a)
+        return near * products, far * products[None]
 
     def scores(self, dot, x, a):
         a = a if self.rate is None else a * self.rate
         own = jnp.asarray(np.eye(len(x)), x.dtype) * self._own(x, a)
         if len(x) == 1:
             return own
-        return own + jnp.sum(self._products(dot, x, a), axis=0)
+        near, far = self._products(dot, x, a)
+        return own + near + jnp.sum(far, axis=0)
 
     def read(self, dot, x, a, d):
         if self.columns is None:
@@ -85,7 +88,9 @@ class ChannelSteps(NamedTuple):
 
 
 def _pairs(x):
-    return jnp.asarray(halving(len(x))[0], x.dtype)
+    """Masks of pairs side by side `[C, C]`, and of others by size `[n - 1, C, C]`."""
+    pairs = halving(len(x))[0]
+    return jnp.asarray(pairs[0], x.dtype), jnp.asarray(pairs[1:], x.dtype)
 
 
 def _kept(when, x, sums):
@@ -102,48 +107,56 @@ def _cotangent(when, at_reader, at_writer):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _by_size(dot: Dot, when: When, x: jax.Array, a: jax.Array, sums: ChannelSums):
-    """x_t^T D_ts a_s of the pairs of each size, D of the key axis: `[n, C, C]`."""
+    """x_t^T D_ts a_s, D of the key axis, of the pairs that `_pairs` has."""
     return _by_size_forward(dot, when, x, a, sums)[0]
 
 
 def _by_size_forward(dot, when, x, a, sums):
-    reader = _kept(when, x, sums)[None] * sums.factors
-    writer = a[None] * sums.factors
-    products = _pairs(x) * dot(reader, jnp.swapaxes(writer, 1, 2))
+    near, far = _pairs(x)
+    reader, factors = _kept(when, x, sums), sums.factors
+    writer = jnp.swapaxes(a[None] * factors, 1, 2)
+    products = near * dot.rows(reader, a), far * dot(reader[None] * factors, writer)
     return products, (x, a, sums)
 
 
-def _by_size_backward(dot, when, residuals, d):
+def _by_size_backward(dot, when, residuals, cotangents):
     x, a, sums = residuals
-    x = _kept(when, x, sums)
-    d = _pairs(x) * d
-    dx = jnp.sum(sums.factors * dot(d, a[None] * sums.factors), axis=0)
-    da = jnp.sum(sums.factors * dot.columns(d, x[None] * sums.factors), axis=0)
-    return _kept(when, dx, sums), da, _cotangent(when, x * dx, a * da)
+    reader, factors = _kept(when, x, sums), sums.factors
+    near, far = (m * d for m, d in zip(_pairs(x), cotangents, strict=True))
+    dx = dot(near, a) + jnp.sum(factors * dot(far, a[None] * factors), axis=0)
+    by_size = factors * dot.columns(far, reader[None] * factors)
+    da = dot.columns(near, reader) + jnp.sum(by_size, axis=0)
+    return _kept(when, dx, sums), da, _cotangent(when, reader * dx, a * da)
 
 
 _by_size.defvjp(_by_size_forward, _by_size_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _mixed(dot: Dot, when: When, products: jax.Array, d: jax.Array, sums: ChannelSums):
-    """sum_s D_ts products_ts d_s, D of the value axis, products by size: `[C, V]`."""
+def _mixed(dot: Dot, when: When, products, d: jax.Array, sums: ChannelSums):
+    """sum_s D_ts products_ts d_s, D of the value axis: `[C, V]`.
+
+    products: of pairs side by side, and of others by size.
+    """
     return _mixed_forward(dot, when, products, d, sums)[0]
 
 
 def _mixed_forward(dot, when, products, d, sums):
-    mixed = sums.factors * dot(products, sums.factors * d[None])
-    outputs = _kept(when, jnp.sum(mixed, axis=0), sums)
+    near, far = products
+    mixed = jnp.sum(sums.factors * dot(far, sums.factors * d[None]), axis=0)
+    outputs = _kept(when, dot(near, d) + mixed, sums)
     return outputs, (products, d, sums, outputs)
 
 
 def _mixed_backward(dot, when, residuals, cotangent):
-    products, d, sums, outputs = residuals
-    at_reader = outputs * cotangent
-    cotangent = _kept(when, cotangent, sums)[None] * sums.factors
-    d_products = dot.rows(cotangent, sums.factors * d[None])
-    dd = jnp.sum(sums.factors * dot.columns(products, cotangent), axis=0)
-    return d_products, dd, _cotangent(when, at_reader, d * dd)
+    (near, far), d, sums, outputs = residuals
+    at_reader, factors = outputs * cotangent, sums.factors
+    own = _kept(when, cotangent, sums)
+    each = own[None] * factors
+    products = dot.rows(own, d), dot.rows(each, factors * d[None])
+    dd = dot.columns(near, own)
+    dd = dd + jnp.sum(factors * dot.columns(far, each), axis=0)
+    return products, dd, _cotangent(when, at_reader, d * dd)
 
 
 _mixed.defvjp(_mixed_forward, _mixed_backward)

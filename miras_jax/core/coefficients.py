@@ -1,5 +1,6 @@
 """What a block's rates make of its tokens: recurrences, step sizes, windows."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -80,13 +81,14 @@ class Kept(NamedTuple):
     sums: Sums | tuple[ChannelSums, ChannelSums]  # a pair of side "both"
 
 
-def kept(rule, rates, matrices, keys) -> list[Kept]:
+def kept(dot, rule, rates, matrices, keys) -> list[Kept]:
     """Of each matrix; those of the same keep are one and the same."""
+    of = partial(sums, precision=dot.operands)
     made = {}
     every = []
     for side, keep in keeps(rule, rates, matrices, keys):
         if (side, id(keep)) not in made:
-            made[side, id(keep)] = Kept(side, jax.tree.map(sums, keep))
+            made[side, id(keep)] = Kept(side, jax.tree.map(of, keep))
         every.append(made[side, id(keep)])
     return every
 

@@ -128,10 +128,17 @@ def total(x: jax.Array) -> jax.Array:
     return jnp.sum(x, keepdims=True)
 
 
-def prefix_sum(selection: np.ndarray, x: jax.Array) -> jax.Array:
-    """selection x for a constant 0/1 matrix (or several), in full precision."""
+def prefix_sum(
+    selection: np.ndarray, x: jax.Array, precision: jnp.dtype = jnp.float32
+) -> jax.Array:
+    """selection x for a constant 0/1 matrix (or several).
+
+    In full precision, unless what becomes of it is rounded to bfloat16 afterwards; then
+    of x no more than 16 bits may count.
+    """
     if x.shape[1] > 1 and x.dtype == jnp.float32 and platform() == "tpu":
-        flat = _selected(x, selection.reshape(-1, len(x)))
+        parts = 2 if precision == jnp.bfloat16 else 3
+        flat = _selected(parts, x, selection.reshape(-1, len(x)))
         return flat.reshape(*selection.shape[:-1], x.shape[1])
     matrix = jnp.asarray(selection, x.dtype)
     if matrix.ndim > 2 and platform() == "gpu":
@@ -144,11 +151,11 @@ def prefix_sum(selection: np.ndarray, x: jax.Array) -> jax.Array:
 
 # There a product of float32 takes six of bfloat16; three parts of 8 bits make up all of
 # x, and 0 and 1 have one part.
-@jax.custom_vjp
-def _selected(x, selection):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _selected(parts, x, selection):
     mask = jnp.asarray(selection, jnp.bfloat16)
     total = None
-    for _ in range(3):
+    for _ in range(parts):
         part = x.astype(jnp.bfloat16)
         x = x - part.astype(x.dtype)
         product = _general(mask, part, (-1, -2), jnp.float32)
@@ -156,12 +163,12 @@ def _selected(x, selection):
     return total
 
 
-def _selected_forward(x, selection):
-    return _selected(x, selection), selection
+def _selected_forward(parts, x, selection):
+    return _selected(parts, x, selection), selection
 
 
-def _selected_backward(selection, d):
-    return _selected(d, selection.T), None
+def _selected_backward(_, selection, d):
+    return _selected(3, d, selection.T), None
 
 
 _selected.defvjp(_selected_forward, _selected_backward)

@@ -5,6 +5,7 @@ running sums. They are taken once for all that reads and writes in the block, so
 the derivative by keep takes one sum, too.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -31,18 +32,19 @@ class ChannelSums(NamedTuple):
     seen: jax.Array
     later: jax.Array
     total: jax.Array  # [1, channels]
-    factors: jax.Array  # kept between t and the middle of its piece: [n, C, channels]
+    factors: jax.Array  # kept from t to its piece's middle: [n - 1, C, channels]
 
 
 Sums = TokenSums | ChannelSums
 
 
-def sums(keep: jax.Array) -> Sums:
-    """The sums of log keep, `[C, 1 or channels]`."""
+def sums(keep: jax.Array, precision: jnp.dtype = jnp.float32) -> Sums:
+    """The sums of log keep, `[C, 1 or channels]`, for products of that precision."""
     own = safe_log(keep)
     if own.shape[1] > 1:
-        seen, later, total = _running(own)
-        factors = jnp.exp(prefix_sum(halving(len(own))[1], own))
+        seen, later, total = _running(precision, own)
+        between = prefix_sum(halving(len(own))[1], own, precision)
+        factors = jnp.exp(between)
         return ChannelSums(own, seen, later, total, factors)
     upto = jnp.asarray(np.tri(len(own)).T, own.dtype)
     row = jnp.sum(upto * own, axis=0, keepdims=True)
@@ -63,8 +65,9 @@ def safe_log(rate: jax.Array) -> jax.Array:
 def halving(size: int) -> tuple[np.ndarray, np.ndarray]:
     """0/1 masks of the n sizes of pieces of a block that is halved again and again.
 
-    pairs `[n, C, C]` in the two halves of a piece; tokens `[n, C, C]` whose keep lies
-    between token t and the middle of its piece, its own left out.
+    pairs `[n, C, C]` in the two halves of a piece; between `[n - 1, C, C]` the tokens
+    whose keep lies between token t and the middle of its piece, its own left out: none
+    in pieces of two, which come first.
     """
     rows = np.arange(size)[:, None]
     columns = rows.T
@@ -78,22 +81,24 @@ def halving(size: int) -> tuple[np.ndarray, np.ndarray]:
         pairs.append(same & second & ~second.T)
         between.append(np.where(second, as_reader, as_writer))
     masks = (-1, size, size)
-    return np.array(pairs).reshape(masks), np.array(between).reshape(masks)
+    return np.array(pairs).reshape(masks), np.array(between[1:]).reshape(masks)
 
 
-@jax.custom_vjp
-def _running(own: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _running(precision, own: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums up to each token, of all after it, and of all."""
-    seen, later = np.tri(len(own)), np.tri(len(own), k=-1).T
-    total = jnp.sum(own, axis=0, keepdims=True)
-    return prefix_sum(seen, own), prefix_sum(later, own), total
+    seen, later = (
+        prefix_sum(selection, own, precision)
+        for selection in (np.tri(len(own)), np.tri(len(own), k=-1).T)
+    )
+    return seen, later, jnp.sum(own, axis=0, keepdims=True)
 
 
-def _running_forward(own):
-    return _running(own), None
+def _running_forward(precision, own):
+    return _running(precision, own), None
 
 
-def _running_backward(_, d):
+def _running_backward(precision, _, d):
     # What is not later than t is seen by t: one sum for both.
     seen, later, total = d
     everywhere = total + jnp.sum(later, axis=0, keepdims=True)
