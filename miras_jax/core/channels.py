@@ -13,6 +13,7 @@ is differentiated (as in GLA, arXiv 2312.06635).
 """
 
 from functools import partial
+from operator import mul
 from typing import NamedTuple
 
 import jax
@@ -53,29 +54,25 @@ class ChannelSteps(NamedTuple):
         return seen * jnp.sum(x * a, axis=1, keepdims=True)
 
     def _products(self, dot, x, a):
-        """x_t^T D_ts a_s of pairs side by side and of others, D of the key axis."""
-        if self.rows is not None:
+        """x_t^T D_ts a_s of pairs of each size, D of the key axis: `[C, C]` each."""
+        if self.rows is not None and len(x) > 1:
             return _by_size(dot, self.when, x, a, self.rows)
-        near, far = _pairs(x)
         products = dot.rows(x, a)
-        return near * products, far * products[None]
+        return tuple(pairs * products for pairs in _pairs(x))
 
     def scores(self, dot, x, a):
         a = a if self.rate is None else a * self.rate
         own = jnp.asarray(np.eye(len(x)), x.dtype) * self._own(x, a)
-        if len(x) == 1:
-            return own
-        near, far = self._products(dot, x, a)
-        return own + near + jnp.sum(far, axis=0)
+        return sum(self._products(dot, x, a), own)
 
     def read(self, dot, x, a, d):
         if self.columns is None:
             return dot(self.scores(dot, x, a), d)
         a, d = self._narrow(a, d)
         own = self._own(x, a) * d
-        if len(x) == 1:
-            return own
         products = self._products(dot, x, a)
+        if not products:  # a single token
+            return own
         return own + _mixed(dot, self.when, products, d, self.columns)
 
     def end(self, dot, a, d):
@@ -88,14 +85,23 @@ class ChannelSteps(NamedTuple):
 
 
 def _pairs(x):
-    """Masks of pairs side by side `[C, C]`, and of others by size `[n - 1, C, C]`."""
-    pairs = halving(len(x))[0]
-    return jnp.asarray(pairs[0], x.dtype), jnp.asarray(pairs[1:], x.dtype)
+    return [jnp.asarray(pairs, x.dtype) for pairs, _ in halving(len(x))]
 
 
 def _kept(when, x, sums):
     """x_t with what is kept at t itself, unless it looks before its decay."""
     return x if when == "before" else x * jnp.exp(sums.own)
+
+
+def _weighed(x, sums):
+    """x_t with what is kept to the middle of its piece, for each size of pieces."""
+    return [x, *(x * factor for factor in sums.factors)]
+
+
+def _added(parts, sums):
+    """The sum of the parts of each size, with what is kept to the middle."""
+    first, *others = parts
+    return sum(map(mul, others, sums.factors), first)
 
 
 def _cotangent(when, at_reader, at_writer):
@@ -107,26 +113,23 @@ def _cotangent(when, at_reader, at_writer):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _by_size(dot: Dot, when: When, x: jax.Array, a: jax.Array, sums: ChannelSums):
-    """x_t^T D_ts a_s, D of the key axis, of the pairs that `_pairs` has."""
+    """x_t^T D_ts a_s of pairs of each size, D of the key axis: `[C, C]` each."""
     return _by_size_forward(dot, when, x, a, sums)[0]
 
 
 def _by_size_forward(dot, when, x, a, sums):
-    near, far = _pairs(x)
-    reader, factors = _kept(when, x, sums), sums.factors
-    writer = jnp.swapaxes(a[None] * factors, 1, 2)
-    products = near * dot.rows(reader, a), far * dot(reader[None] * factors, writer)
-    return products, (x, a, sums)
+    readers = _weighed(_kept(when, x, sums), sums)
+    products = map(dot.rows, readers, _weighed(a, sums))
+    return tuple(map(mul, _pairs(x), products)), (x, a, sums)
 
 
 def _by_size_backward(dot, when, residuals, cotangents):
     x, a, sums = residuals
-    reader, factors = _kept(when, x, sums), sums.factors
-    near, far = (m * d for m, d in zip(_pairs(x), cotangents, strict=True))
-    dx = dot(near, a) + jnp.sum(factors * dot(far, a[None] * factors), axis=0)
-    by_size = factors * dot.columns(far, reader[None] * factors)
-    da = dot.columns(near, reader) + jnp.sum(by_size, axis=0)
-    return _kept(when, dx, sums), da, _cotangent(when, reader * dx, a * da)
+    x = _kept(when, x, sums)
+    d = list(map(mul, _pairs(x), cotangents))
+    dx = _added(map(dot, d, _weighed(a, sums)), sums)
+    da = _added(map(dot.columns, d, _weighed(x, sums)), sums)
+    return _kept(when, dx, sums), da, _cotangent(when, x * dx, a * da)
 
 
 _by_size.defvjp(_by_size_forward, _by_size_backward)
@@ -134,29 +137,23 @@ _by_size.defvjp(_by_size_forward, _by_size_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _mixed(dot: Dot, when: When, products, d: jax.Array, sums: ChannelSums):
-    """sum_s D_ts products_ts d_s, D of the value axis: `[C, V]`.
-
-    products: of pairs side by side, and of others by size.
-    """
+    """sum_s D_ts products_ts d_s, D of the value axis, products by size: `[C, V]`."""
     return _mixed_forward(dot, when, products, d, sums)[0]
 
 
 def _mixed_forward(dot, when, products, d, sums):
-    near, far = products
-    mixed = jnp.sum(sums.factors * dot(far, sums.factors * d[None]), axis=0)
-    outputs = _kept(when, dot(near, d) + mixed, sums)
+    outputs = _added(map(dot, products, _weighed(d, sums)), sums)
+    outputs = _kept(when, outputs, sums)
     return outputs, (products, d, sums, outputs)
 
 
 def _mixed_backward(dot, when, residuals, cotangent):
-    (near, far), d, sums, outputs = residuals
-    at_reader, factors = outputs * cotangent, sums.factors
-    own = _kept(when, cotangent, sums)
-    each = own[None] * factors
-    products = dot.rows(own, d), dot.rows(each, factors * d[None])
-    dd = dot.columns(near, own)
-    dd = dd + jnp.sum(factors * dot.columns(far, each), axis=0)
-    return products, dd, _cotangent(when, at_reader, d * dd)
+    products, d, sums, outputs = residuals
+    at_reader = outputs * cotangent
+    each = _weighed(_kept(when, cotangent, sums), sums)
+    d_products = tuple(map(dot.rows, each, _weighed(d, sums)))
+    dd = _added(map(dot.columns, products, each), sums)
+    return d_products, dd, _cotangent(when, at_reader, d * dd)
 
 
 _mixed.defvjp(_mixed_forward, _mixed_backward)

@@ -32,7 +32,7 @@ class ChannelSums(NamedTuple):
     seen: jax.Array
     later: jax.Array
     total: jax.Array  # [1, channels]
-    factors: jax.Array  # kept from t to its piece's middle: [n - 1, C, channels]
+    factors: tuple[jax.Array, ...]  # kept from t to its piece's middle; not of two
 
 
 Sums = TokenSums | ChannelSums
@@ -43,8 +43,10 @@ def sums(keep: jax.Array, precision: jnp.dtype = jnp.float32) -> Sums:
     own = safe_log(keep)
     if own.shape[1] > 1:
         seen, later, total = _running(precision, own)
-        between = prefix_sum(halving(len(own))[1], own, precision)
-        factors = jnp.exp(between)
+        factors = tuple(
+            jnp.exp(prefix_sum(between, own, precision))
+            for _, between in halving(len(own))[1:]
+        )
         return ChannelSums(own, seen, later, total, factors)
     upto = jnp.asarray(np.tri(len(own)).T, own.dtype)
     row = jnp.sum(upto * own, axis=0, keepdims=True)
@@ -62,26 +64,25 @@ def safe_log(rate: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(rate, jnp.finfo(rate.dtype).eps ** 2))
 
 
-def halving(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """0/1 masks of the n sizes of pieces of a block that is halved again and again.
+def halving(size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """0/1 masks of a block that is halved again and again, pieces of two tokens first.
 
-    pairs `[n, C, C]` in the two halves of a piece; between `[n - 1, C, C]` the tokens
-    whose keep lies between token t and the middle of its piece, its own left out: none
-    in pieces of two, which come first.
+    Of each size of pieces: the pairs `[C, C]` in the two halves of a piece, and the
+    tokens `[C, C]` whose keep lies between token t and the middle of its piece, its own
+    left out: none in pieces of two.
     """
     rows = np.arange(size)[:, None]
     columns = rows.T
-    pairs, between = [], []
+    masks = []
     for half in (2**i for i in range((size - 1).bit_length())):
         second = (rows // half) % 2 == 1
         middle = (rows // half + 1 - second) * half
         as_reader = (columns >= middle) & (columns < rows)
         as_writer = (columns > rows) & (columns < middle)
         same = rows // (2 * half) == columns // (2 * half)
-        pairs.append(same & second & ~second.T)
-        between.append(np.where(second, as_reader, as_writer))
-    masks = (-1, size, size)
-    return np.array(pairs).reshape(masks), np.array(between[1:]).reshape(masks)
+        pairs = same & second & ~second.T
+        masks.append((pairs, np.where(second, as_reader, as_writer)))
+    return masks
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
