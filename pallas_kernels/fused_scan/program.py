@@ -25,6 +25,9 @@ from pallas_kernels.fused_scan.simplify import Simplifier
 
 Struct = jax.ShapeDtypeStruct
 
+Rewrite = Callable[[Any, Sequence, Callable], list]
+"""`rewrite(equation, inputs, bind)`: its results; `bind(inputs)` if it stays."""
+
 CALLS = {
     "jit": "jaxpr",
     "closed_call": "call_jaxpr",
@@ -161,10 +164,16 @@ def trace(
 
 def _trace(function: Callable, *operands: Struct) -> Function:
     closed = jax.make_jaxpr(function)(*operands)
-    inlined = jax.make_jaxpr(
-        lambda *xs: _inline(closed.jaxpr, closed.consts, xs, Simplifier())
+    traced = Function(closed.jaxpr, tuple(closed.consts))
+    return rewritten(traced, Simplifier())
+
+
+def rewritten(function: Function, rewrite: Rewrite) -> Function:
+    """The same with calls inlined, every operation as `rewrite` has it."""
+    jaxpr, constants = function.jaxpr, function.constants
+    closed = jax.make_jaxpr(lambda *xs: _inline(jaxpr, constants, xs, rewrite))(
+        *(Struct(var.aval.shape, var.aval.dtype) for var in jaxpr.invars)
     )
-    closed = inlined(*operands)
     everything = Function(closed.jaxpr, tuple(closed.consts))
     return _keep(everything, [True] * len(closed.jaxpr.outvars))
 
@@ -176,12 +185,12 @@ def _keep(function: Function, outputs: Sequence[bool]) -> Function:
     return Function(jaxpr, tuple(c for c, use in constants if use))
 
 
-def _inline(jaxpr, constants, operands, simplifier=None):
+def _inline(jaxpr, constants, operands, rewrite=None):
     """Evaluate a jaxpr, and those that it calls as if they were written in it."""
-    return _evaluate(jaxpr, constants, [operands], None, simplifier)[0]
+    return _evaluate(jaxpr, constants, [operands], None, rewrite)[0]
 
 
-def _evaluate(jaxpr, constants, elements, loop=None, simplifier=None):
+def _evaluate(jaxpr, constants, elements, loop=None, rewrite=None):
     shared = dict(zip(jaxpr.constvars, constants, strict=True))
     values = [shared | dict(zip(jaxpr.invars, e, strict=True)) for e in elements]
 
@@ -193,7 +202,7 @@ def _evaluate(jaxpr, constants, elements, loop=None, simplifier=None):
         if loop and equation.primitive.name == "scan":
             results = loop(Loop.of(equation), inputs)
         else:
-            results = [_apply(equation, each, simplifier) for each in inputs]
+            results = [_apply(equation, each, rewrite) for each in inputs]
         for known, each in zip(values, results, strict=True):
             known |= zip(equation.outvars, each, strict=True)
 
@@ -207,7 +216,7 @@ def _evaluate(jaxpr, constants, elements, loop=None, simplifier=None):
     return [[result(known, atom) for atom in jaxpr.outvars] for known in values]
 
 
-def _apply(equation, inputs, simplifier=None):
+def _apply(equation, inputs, rewrite=None):
     name = equation.primitive.name
     if name not in CALLS:
         params = equation.params
@@ -220,11 +229,11 @@ def _apply(equation, inputs, simplifier=None):
             results = equation.primitive.bind(*inputs, **given)
             return results if equation.primitive.multiple_results else [results]
 
-        return simplifier(equation, inputs, bind) if simplifier else bind(inputs)
+        return rewrite(equation, inputs, bind) if rewrite else bind(inputs)
     called = equation.params[CALLS[name]]
     if isinstance(called, core.ClosedJaxpr):
-        return _inline(called.jaxpr, called.consts, inputs, simplifier)
-    return _inline(called, (), inputs, simplifier)
+        return _inline(called.jaxpr, called.consts, inputs, rewrite)
+    return _inline(called, (), inputs, rewrite)
 
 
 def _closed(params):

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.fused_scan.autodiff import Operand
+from pallas_kernels.fused_scan.mosaic import compilable
 from pallas_kernels.fused_scan.program import Program, Struct, floats
 from pallas_kernels.fused_scan.vmem import (
     load,
@@ -67,6 +68,7 @@ def objection(program: Program) -> str | None:
 
 def forward(program: Program, size, carry, xs, consts, *, every, interpret):
     """See `autodiff`."""
+    program = compilable(program)
     chunks = xs[0].array.shape[1]
     needed = _bytes(program, [program.step], 3 if every else 2)
     group = _group(size, [*carry, *xs, *consts], needed)
@@ -137,6 +139,7 @@ def backward(
     program: Program, size, saved, xs, consts, d_carry, d_ys, *, every, interpret
 ):
     """See `autodiff`."""
+    program = compilable(program)
     chunks = xs[0].array.shape[1]
     stretches = pl.cdiv(chunks, every)
     functions = [program.advance, program.pull_back]
