@@ -131,26 +131,18 @@ def total(x: jax.Array) -> jax.Array:
 def prefix_sum(
     selection: np.ndarray, x: jax.Array, precision: jnp.dtype = jnp.float32
 ) -> jax.Array:
-    """selection x for a constant 0/1 matrix (or several).
+    """selection x for a constant 0/1 matrix, in full precision.
 
-    In full precision, unless what becomes of it is rounded to bfloat16 afterwards; then
-    of x no more than 16 bits may count.
+    Unless what becomes of it is rounded to bfloat16 afterwards: then no more than 16
+    bits of x may count.
     """
-    if x.shape[1] > 1 and x.dtype == jnp.float32 and platform() == "tpu":
-        parts = 2 if precision == jnp.bfloat16 else 3
-        flat = _selected(parts, x, selection.reshape(-1, len(x)))
-        return flat.reshape(*selection.shape[:-1], x.shape[1])
-    matrix = jnp.asarray(selection, x.dtype)
-    if matrix.ndim > 2 and platform() == "gpu":
-        # A product for each: code by tiles could not split a single one afterwards.
-        copies = jnp.broadcast_to(x, (len(matrix), *x.shape))
-        return jnp.matmul(matrix, copies, precision=jax.lax.Precision.HIGHEST)
-    flat = apply(matrix.reshape(-1, len(x)), x)
-    return flat.reshape(*selection.shape[:-1], x.shape[1])
+    if x.shape[1] > 1 and x.dtype == jnp.float32 and platform():
+        return _selected(2 if precision == jnp.bfloat16 else 3, x, selection)
+    return apply(jnp.asarray(selection, x.dtype), x)
 
 
-# There a product of float32 takes six of bfloat16; three parts of 8 bits make up all of
-# x, and 0 and 1 have one part.
+# Matrix units take six products of bfloat16 for one of float32, or none; three parts of
+# 8 bits make up all of x, and 0 and 1 have one part.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _selected(parts, x, selection):
     mask = jnp.asarray(selection, jnp.bfloat16)

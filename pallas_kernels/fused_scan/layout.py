@@ -44,6 +44,7 @@ class Tuning(NamedTuple):
 
     tile: int  # largest extent of a tile
     chain: int = 2  # equations to be computed again rather than stored
+    products: int = 1  # that are computed as the same output is stored
 
 
 class Rounds(NamedTuple):
@@ -92,7 +93,7 @@ class Layout:
 
     def _readers(self, cuts) -> dict[Var, set]:
         """The moments at which each variable is read; fills `kept`."""
-        readers = defaultdict(set)
+        readers, behind = defaultdict(set), defaultdict(int)
         for moment in reversed(range(len(self.jaxpr.eqns))):
             eqn = self.jaxpr.eqns[moment]
             name = eqn.primitive.name
@@ -109,10 +110,16 @@ class Layout:
             kept = out in cuts or out in self._looped or name in REDUCTIONS
             # A product that nothing but one output reads is computed as it is stored,
             # and so is one that it multiplies. A third behind them would be computed
-            # for every tile of the second that every tile of the first needs.
+            # for every tile of the second that every tile of the first needs; and more
+            # beside them leave no registers.
             if name == "dot_general":
                 ways = [way for _, way in readers[out]]
                 kept |= ways not in (["output"], ["product"])
+                moments = {last for last, _ in readers[out]}
+                kept |= any(behind[m] >= self.tuning.products for m in moments)
+                if not kept:
+                    for m in moments:
+                        behind[m] += 1
             if kept:
                 self.kept.add(out)
                 read = {(moment, "result")}

@@ -1,72 +1,85 @@
 """A traced function without what need not be computed in a kernel."""
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
+
+NEUTRAL = {"mul": 1, "div": 1, "add": 0, "add_any": 0, "sub": 0}
+"""Operations that leave the first operand as it is where the second is that number."""
+
+COMMUTE = frozenset(("mul", "add", "add_any"))
 
 
 class Simplifier:
-    """Applies operations, unless their results are known or were computed before.
+    """A `program.Rewrite`: what is known or was computed before is not computed again.
 
     Of what depends on constants alone, results are computed at once; equal operations
-    on equal operands are one; a product with ones, a sum with zeros and a number that
-    is widened and rounded again to what it was are what went in.
+    on equal operands are one; a product with ones, a sum with zeros, a sum over axes of
+    length one and a number that is widened and rounded again to what it was are what
+    went in.
     """
 
     def __init__(self):
         self.results = {}  # what was applied to what -> results
-        self.wide = {}  # id of a widened array -> what it was
+        self.narrow = {}  # id of a widened array -> what it was
         self.constants = {}  # equal ones are the same
         self.alive = []  # so that no id is used twice
 
     def __call__(self, equation, inputs: Sequence, bind: Callable) -> list:
         primitive, params = equation.primitive, equation.params
-        if not equation.effects and not any(
-            isinstance(x, jax.core.Tracer) for x in inputs
-        ):
+        if not equation.effects and not any(map(_is_data, inputs)):
             with jax.ensure_compile_time_eval():
-                results = bind(inputs)
-            return [np.asarray(x) for x in results]
-        out = equation.outvars[0].aval
-        same = self._unchanged(primitive.name, inputs, out)
-        if same is not None:
-            return [same]
+                return [np.asarray(result) for result in bind(inputs)]
+        unchanged = self._unchanged(primitive.name, inputs, equation.outvars[0].aval)
+        if unchanged is not None:
+            return [unchanged]
+        arrays = [self._array(x) for x in inputs]
+        if next(core.jaxprs_in_params(params), None) or equation.effects:
+            # Their text does not tell what they capture.
+            return bind(arrays)
         key = (primitive.name, str(params), *map(self._key, inputs))
         if key not in self.results:
-            self.results[key] = bind([self._array(x) for x in inputs])
+            self.results[key] = bind(arrays)
             self.alive.append(inputs)
             if primitive.name == "convert_element_type":
-                (x,), (result,) = inputs, self.results[key]
-                if jnp.promote_types(x.dtype, result.dtype) == result.dtype:
-                    self.wide[id(result)] = x
+                self._remember(inputs[0], *self.results[key])
         return self.results[key]
 
+    def _remember(self, x, result):
+        floats = all(jnp.issubdtype(each.dtype, jnp.floating) for each in (x, result))
+        if floats and jnp.promote_types(x.dtype, result.dtype) == result.dtype:
+            self.narrow[id(result)] = x
+
     def _unchanged(self, name, inputs, out):
+        x, *others = inputs
         if name == "convert_element_type":
-            before = self.wide.get(id(inputs[0]))
-            is_same = before is not None and before.dtype == out.dtype
-            return before if is_same else None
-        neutral = {"mul": 1, "add": 0, "add_any": 0, "sub": 0, "div": 1}.get(name)
-        if neutral is None:
+            before = self.narrow.get(id(x))
+            return before if before is not None and before.dtype == out.dtype else None
+        if name in ("reduce_sum", "reduce_max", "reduce_min"):
+            is_same = prod(x.shape) == prod(out.shape)
+            return jax.lax.reshape(x, out.shape) if is_same else None
+        if name not in NEUTRAL:
             return None
-        x, y = inputs
-        if x.shape == out.shape and _is_uniform(y, neutral):
+        (y,) = others
+        if x.shape == out.shape and _is_all(y, NEUTRAL[name]):
             return x
-        if name not in ("sub", "div") and y.shape == out.shape:
-            return y if _is_uniform(x, neutral) else None
+        if name in COMMUTE and y.shape == out.shape and _is_all(x, NEUTRAL[name]):
+            return y
         return None
 
     def _key(self, x):
-        if isinstance(x, jax.core.Tracer):
+        if _is_data(x):
             return id(x)
         x = np.asarray(x)
         return (x.shape, x.dtype.name, x.tobytes())
 
     def _array(self, x):
         """Constants of one number as that number, spread out; equal ones as one."""
-        if isinstance(x, jax.core.Tracer) or np.ndim(x) == 0:
+        if _is_data(x) or np.ndim(x) == 0:
             return x
         x = np.asarray(x)
         first = x.reshape(-1)[0]
@@ -75,5 +88,9 @@ class Simplifier:
         return self.constants.setdefault(self._key(x), x)
 
 
-def _is_uniform(x, number) -> bool:
-    return not isinstance(x, jax.core.Tracer) and bool(np.all(np.asarray(x) == number))
+def _is_data(x) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
+def _is_all(x, number) -> bool:
+    return not _is_data(x) and bool(np.all(np.asarray(x) == number))
