@@ -35,8 +35,6 @@ from pallas_kernels.fused_scan.tiles import (
 )
 
 LOOP = "scan"
-BEHIND = {"output": "product", "product": "result"}
-"""The way in which a product's operands are read, by that in which it is."""
 
 
 class Tuning(NamedTuple):
@@ -44,7 +42,6 @@ class Tuning(NamedTuple):
 
     tile: int  # largest extent of a tile
     chain: int = 2  # equations to be computed again rather than stored
-    products: int = 1  # that are computed as the same output is stored
 
 
 class Rounds(NamedTuple):
@@ -93,7 +90,7 @@ class Layout:
 
     def _readers(self, cuts) -> dict[Var, set]:
         """The moments at which each variable is read; fills `kept`."""
-        readers, behind = defaultdict(set), defaultdict(int)
+        readers, fused = defaultdict(set), set()
         for moment in reversed(range(len(self.jaxpr.eqns))):
             eqn = self.jaxpr.eqns[moment]
             name = eqn.primitive.name
@@ -108,23 +105,21 @@ class Layout:
                 continue
             (out,) = eqn.outvars
             kept = out in cuts or out in self._looped or name in REDUCTIONS
-            # A product that nothing but one output reads is computed as it is stored,
-            # and so is one that it multiplies. A third behind them would be computed
-            # for every tile of the second that every tile of the first needs; and more
-            # beside them leave no registers.
+            # A product that nothing but one output reads is computed as that is stored.
+            # One that it multiplies would be computed again for every tile of it, and
+            # another one beside it leaves no registers.
             if name == "dot_general":
-                ways = [way for _, way in readers[out]]
-                kept |= ways not in (["output"], ["product"])
-                moments = {last for last, _ in readers[out]}
-                kept |= any(behind[m] >= self.tuning.products for m in moments)
+                only = (
+                    next(iter(readers[out]), None) if len(readers[out]) == 1 else None
+                )
+                kept |= only is None or only[1] != "output" or only in fused
                 if not kept:
-                    for m in moments:
-                        behind[m] += 1
+                    fused.add(only)
             if kept:
                 self.kept.add(out)
                 read = {(moment, "result")}
             elif name == "dot_general":
-                read = {(last, BEHIND[way]) for last, way in readers[out]}
+                read = {(last, "product") for last, _ in readers[out]}
             else:
                 read = readers[out]
             for atom in eqn.invars:

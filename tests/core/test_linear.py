@@ -222,6 +222,45 @@ def test_blocks_of_64_with_channels_are_exact_and_finite(axis, smallest):
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize("axis", ["key", "value", "both"])
+@pytest.mark.parametrize("readout", ["linear", "start"])
+def test_two_derivatives_by_channel_keeps(axis, readout):
+    """The first is written by hand, in sums at readers and writers."""
+    rule = miras.Rule(
+        memory.Linear(),
+        bias.DotProduct(),
+        retention.Decay(axis),
+        chunk_size=1,
+        readout=readout,
+    )
+    x = Random()
+    gates = x.rng.uniform(0.5, 1, (2, 12, VALUE))
+    first = gates[0] if axis == "value" else gates[0, :, :KEY]
+    params = miras.Params((x.start.T,))
+
+    def loss(keep):
+        rates = miras.Rates(keep=keep, keep_value=gates[1] if axis == "both" else None)
+        tokens = x.tokens()._replace(rates=rates)
+        tokens = jax.tree.map(lambda a: a[:12], tokens)
+        return jnp.sum(jnp.sin(miras.run(rule, params, rule.start(params), tokens)[0]))
+
+    along = x.rng.normal(size=first.shape)
+
+    def slope(keep):
+        return jnp.vdot(jax.grad(loss)(keep), along)
+
+    def difference(function, step=1e-5):
+        ahead, behind = (core.jit(function)(first + s * along) for s in (step, -step))
+        return (ahead - behind) / (2 * step)
+
+    def curvature(keep):
+        return jnp.vdot(jax.grad(slope)(keep), along)
+
+    for derivative, function in ((slope, loss), (curvature, slope)):
+        expected = difference(function)
+        assert abs(core.jit(derivative)(first) - expected) < 1e-6 * abs(expected)
+
+
 @pytest.mark.parametrize("loss", [bias.DotProduct(), bias.L2()])
 def test_a_vector_is_a_recurrence_of_every_channel(loss):
     """w_t = keep w_{t-1} - learn k (M(k) - v), or + learn k v, elementwise."""

@@ -28,6 +28,16 @@ def test_forward_and_backward_compile_for_v5e(name):
         assert program.as_text().count('"tpu_custom_call"') == kernels_in_it
 
 
+def test_a_rule_that_keeps_everything_compiles_for_v6e():
+    """Unless some of its products are turned the compiler ends in internal errors."""
+    (case,) = [
+        case
+        for case in cases.cases(["ttt_linear"], d=64, chunk=64)
+        if case.name.endswith("both")
+    ]
+    tpu.compile_for("v6e", case.kernel, *case.operands)
+
+
 def test_split_over_the_devices_of_a_host():
     """Kernels for several devices are refused unless they are told how to split."""
     tpu.prepare()
