@@ -150,7 +150,9 @@ def block(
     else:
         flows = weighted(flow("before")) if rule.readout == "start" else flows
         if rule.algorithm.curves:
-            queries = rule.algorithm.turned(flows[0], state.curvature, keys, queries)
+            queries = rule.algorithm.turned(
+                dot, flows[0], state.curvature, keys, queries
+            )
         base = rule.linear_part(state) if rule.is_plain or not aligned else anchor
         scales = tuple(rule.retention.scale(a) for a in anchor_dual)
         product = partial(

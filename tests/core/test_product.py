@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from miras_jax import retention
-from miras_jax.core.product import Dot, total
+from miras_jax.core.product import Dot, NarrowDot, prefix_sum, total
+from pallas_kernels.fused_scan import target
 
 FORMS = {
     "x y": (lambda dot: dot, (3, 4), (4, 5), "ij,jk"),
@@ -81,3 +82,29 @@ def test_weights_of_a_proportional_gate_are_the_scaled_dual(gate, float64):
 @pytest.mark.parametrize("gate", [retention.Lq(4.0, "mirror"), retention.KL()])
 def test_other_gates_are_not_proportional(gate):
     assert not gate.proportional
+
+
+@pytest.mark.parametrize("form", ["x y", "x y^T", "x^T y"])
+def test_products_with_what_bfloat16_holds_are_in_full_precision(form):
+    pick, *shapes, letters = FORMS[form]
+    x, y = (operand[0] for operand in _operands(shapes, jnp.float32))
+    y = y.astype(jnp.bfloat16).astype(jnp.float32)
+    with target("tpu", interpret=True):
+        found = pick(NarrowDot(x.dtype, x.dtype))(x, y)
+    expected = np.einsum(f"{letters}->ik", *(np.asarray(o, np.float64) for o in (x, y)))
+    assert np.max(np.abs(found - expected)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "precision, least, most", [(jnp.float32, 0, 1e-7), (jnp.bfloat16, 1e-7, 2e-6)]
+)
+def test_prefix_sums_of_kernels(precision, least, most):
+    """Those of logs that bfloat16 products will multiply take fewer parts of them."""
+    (x,) = _operands([(64, 3)], jnp.float32)
+    with target("tpu", interpret=True):
+        found = prefix_sum(np.tri(64), x[0], precision)
+        slope = jax.grad(lambda x: jnp.sum(prefix_sum(np.tri(64), x, precision)[5]))
+        gradient = slope(x[0])
+    error = np.max(np.abs(found - np.cumsum(np.asarray(x[0], np.float64), axis=0)))
+    assert least <= error / np.sum(np.abs(x[0]), axis=0).max() < most
+    assert np.array_equal(gradient, np.arange(64)[:, None] <= np.full(3, 5))

@@ -103,8 +103,9 @@ def test_outputs_state_and_every_gradient(case, kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_bfloat16_tokens(kernel):
-    (case,) = (case for case in CASES if case.name == "yaad")
+@pytest.mark.parametrize("name", ["yaad", "decay-value-channels", "mesa_net"])
+def test_bfloat16_tokens(name, kernel):
+    (case,) = (case for case in CASES if case.name == name)
     dtype = jax.numpy.bfloat16
     with target(kernel, interpret=True):
         actual = kernels.results(run(case.rule, "pallas"), batch(case, dtype))

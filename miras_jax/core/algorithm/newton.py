@@ -1,6 +1,6 @@
 """Newton's method with accumulated curvature: recursive least squares, Mesa."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from miras_jax.core import causal
 from miras_jax.core.algorithm.descent import Descent
-from miras_jax.core.product import Dot
+from miras_jax.core.product import Dot, NarrowDot
 from miras_jax.core.types import Weights
 from miras_jax.errors import UserError
 from pallas_kernels.fused_scan import platform
@@ -83,11 +83,14 @@ class Newton(Descent):
         (g,), (h, ridge) = dual, curvature
         return (jnp.linalg.solve(h + ridge * jnp.eye(len(h), dtype=h.dtype), g),)
 
-    def turned(self, flow: causal.Flow, curvature: Weights, keys, queries):
+    def turned(self, dot: Dot, flow: causal.Flow, curvature: Weights, keys, queries):
         """x_s of every token of a block, which G_s reads in place of q_s: `[C, K]`."""
         h, ridge = curvature
         system = System(flow.start.kept, flow.steps.mix, h, ridge, keys)
-        return solve(self.iterations, system, queries)
+        with_keys = full = Dot(queries.dtype, queries.dtype)
+        if platform() and dot.operands == jnp.bfloat16:
+            with_keys = NarrowDot(*astuple(full))
+        return solve(self.iterations, with_keys, system, queries)
 
 
 class System(NamedTuple):
@@ -99,10 +102,11 @@ class System(NamedTuple):
     ridge: jax.Array  # [K, 1]
     keys: jax.Array  # [C, K]
 
-    def times(self, x: jax.Array) -> jax.Array:
+    def times(self, x: jax.Array, with_keys: Dot | None = None) -> jax.Array:
         """Row by row, (H_s + Lambda) x_s: `[C, K]`."""
         dot = Dot(x.dtype, x.dtype)
-        own = dot(dot.rows(x, self.keys) * self.mix, self.keys)
+        with_keys = with_keys or dot
+        own = with_keys(with_keys.rows(x, self.keys) * self.mix, self.keys)
         return dot(x, self.start) * self.kept + own + x * self.ridge.T
 
     def diagonal(self) -> jax.Array:
@@ -113,19 +117,20 @@ class System(NamedTuple):
         return self.kept * start + dot(self.mix, self.keys**2) + self.ridge.T
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def solve(iterations: int, system: System, b: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def solve(iterations: int, dot: Dot, system: System, b: jax.Array) -> jax.Array:
     """x of system.times(x) = b by conjugate gradients, each token on its own.
 
-    Its derivative is that of the solution: one more solve, with the same matrices.
+    dot: products with keys. The derivative is that of the solution: one more solve,
+    with the same matrices.
     """
     x = b / system.diagonal()
-    residual = b - system.times(x)
+    residual = b - system.times(x, dot)
     enough = (CONVERGED * jnp.finfo(b.dtype).eps) ** 2 * _square(b)
 
     def improve(carry):
         x, residual, direction, square = carry
-        image = system.times(direction)
+        image = system.times(direction, dot)
         step = _ratio(square, jnp.sum(direction * image, axis=1, keepdims=True))
         residual = residual - step * image
         after = _square(residual)
@@ -145,14 +150,14 @@ def solve(iterations: int, system: System, b: jax.Array) -> jax.Array:
     return rounds[1][0]
 
 
-def _forward(iterations, system, b):
-    x = solve(iterations, system, b)
+def _forward(iterations, dot, system, b):
+    x = solve(iterations, dot, system, b)
     return x, (system, x)
 
 
-def _backward(iterations, kept, cotangent):
+def _backward(iterations, dot, kept, cotangent):
     system, x = kept
-    adjoint = solve(iterations, system, cotangent)
+    adjoint = solve(iterations, dot, system, cotangent)
     _, pull_back = jax.vjp(lambda system: system.times(x), system)
     return *pull_back(-adjoint), adjoint
 
