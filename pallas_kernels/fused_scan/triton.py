@@ -137,11 +137,13 @@ def rows(refs, operands: Sequence[Operand], leaves, n: Element, *lead):
 
 
 def constants(refs, function: Function, n: Element) -> list[Array]:
+    """The arrays that a function brings along, which all elements share."""
     operands = [Operand(ref, 1) for ref in refs]
     return rows(refs, operands, function.constants, n)
 
 
 def slots(plan: Layout, refs, n: Element) -> dict:
+    """The scratch memory of element n, as `Layout.run` takes it."""
     return {
         key: [arrays([ref], [Struct(*key)], n, i)[0] for i in range(count)]
         for (key, count), ref in zip(plan.scratch.items(), refs, strict=True)
@@ -149,6 +151,7 @@ def slots(plan: Layout, refs, n: Element) -> dict:
 
 
 def copy(sources: Sequence[Array], targets: Sequence[Array]) -> None:
+    """Copy arrays, tile by tile."""
     for source, target in zip(sources, targets, strict=True):
         for place in source.places():
             target.store(place, source.load(place))
