@@ -166,8 +166,11 @@ def prefix_sum(
 # single part.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _selected(parts, x, selection):
-    mask = jnp.asarray(selection, jnp.bfloat16)
-    products = (_general(mask, p, (-1, -2), jnp.float32) for p in _parts(x, parts))
+    mask, split = jnp.asarray(selection, jnp.bfloat16), list(_parts(x, parts))
+    if platform() == "tpu":
+        # Its units add up 128 products at a time: those of two parts of 64 tokens.
+        mask, split = jnp.concatenate([mask] * parts, axis=1), [jnp.concatenate(split)]
+    products = (_general(mask, part, (-1, -2), jnp.float32) for part in split)
     return reduce(jnp.add, products)
 
 
