@@ -13,12 +13,10 @@ variants that are one program the first in the list of variants has a row: retne
 lightning_attention and mamba2, gla for hgrn2, mamba for longhorn_diagonal. Softmax
 attention is no scan and has none.
 
-v5e_64_xla.txt (six variants beside plain XLA), v5e_128.txt and the first parts of
-h100.txt are older; in the first, kernels take up to 11 % more bundles than now.
+v5e_64_xla.txt has four variants beside plain XLA. Older than the others are v5p_64.txt,
+tpu7x_64.txt and, in v6e_64.txt, the rows from "longhorn both" to the end.
 
 Expected: the tables as committed, up to changes of the compiler (libtpu 0.0.42.1). They
 are facts of compiled programs, not timings. A row that says "does not compile" has the
-compiler's own words. Those of v6e are internal errors of it, all of rules that never
-forget; v5e takes the same rules. GPU kernels take no exact readout, and say so in their
-rows.
+reason in its own words: GPU kernels take no exact readout.
 """

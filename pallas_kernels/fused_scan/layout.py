@@ -109,12 +109,10 @@ class Layout:
             # One that it multiplies would be computed again for every tile of it, and
             # another one beside it leaves no registers.
             if name == "dot_general":
-                only = (
-                    next(iter(readers[out]), None) if len(readers[out]) == 1 else None
-                )
-                kept |= only is None or only[1] != "output" or only in fused
+                ways = [way for _, way in readers[out]]
+                kept |= ways != ["output"] or bool(readers[out] & fused)
                 if not kept:
-                    fused.add(only)
+                    fused |= readers[out]
             if kept:
                 self.kept.add(out)
                 read = {(moment, "result")}
