@@ -21,7 +21,7 @@ class Case(NamedTuple):
 class Work(NamedTuple):
     """What a program must do, whatever compiles it."""
 
-    multiply_adds: int  # of matrix products
+    multiply_adds: int  # of matrix products, as the kernels' estimates have them
     bytes: int  # into and out of kernels
     blocks: int  # bytes on chip of a kernel's operands and results, the most of any
     steps: dict[str, int]  # grid steps of each kernel, by name
@@ -34,7 +34,7 @@ def work(function: Callable, *operands: Any) -> Work:
     steps = [prod(k.params["grid_mapping"].grid) for k in kernels]
     pairs = list(zip(kernels, steps, strict=True))
     return Work(
-        sum(n * multiply_adds(k.params["jaxpr"]) for k, n in pairs),
+        sum(k.params["cost_estimate"].flops // 2 for k in kernels),
         sum(_size(atom.aval) for k in kernels for atom in (*k.invars, *k.outvars)),
         max((_blocks(k) for k in kernels), default=0),
         {k.params["name"]: n for k, n in pairs},
@@ -49,21 +49,6 @@ def _kernels(jaxpr):
         for inner in core.jaxprs_in_params(equation.params):
             if equation.primitive.name != "pallas_call":
                 yield from _kernels(inner)
-
-
-def multiply_adds(jaxpr) -> int:
-    """Of the products in a jaxpr; of loops whose rounds are data, one round."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (axes, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            contracted = prod(left[axis] for axis in axes)
-            total += contracted * prod(equation.outvars[0].aval.shape)
-        rounds = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for inner in core.jaxprs_in_params(equation.params):
-            total += rounds * multiply_adds(inner)
-    return total
 
 
 def _loops(jaxpr):

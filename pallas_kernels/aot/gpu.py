@@ -24,8 +24,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.aot.case import multiply_adds
 from pallas_kernels.fused_scan import target
+from pallas_kernels.fused_scan.program import multiply_adds
 
 
 class Chip(NamedTuple):

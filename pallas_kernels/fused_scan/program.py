@@ -14,6 +14,7 @@ stay, as `scan`s whose body captures and calls nothing.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -98,6 +99,14 @@ class Program:
     pull_back: Function
 
     @property
+    def cotangents(self) -> tuple[list[Struct], list[Struct], list[Struct]]:
+        """What `pull_back` gives, of carry, x and consts."""
+        avals = (var.aval for var in self.pull_back.jaxpr.outvars)
+        results = iter([Struct(aval.shape, aval.dtype) for aval in avals])
+        parts = (self.carry, self.x, self.consts)
+        return tuple([next(results) for _ in floats(part)] for part in parts)
+
+    @property
     def primitives(self) -> frozenset[str]:
         """Names of all operations that its functions are made of."""
         functions = (self.step, self.advance, self.pull_back)
@@ -127,6 +136,21 @@ def is_float(leaf: Any) -> bool:
 def floats(leaves: Sequence) -> list:
     """Those that have cotangents."""
     return [leaf for leaf in leaves if is_float(leaf)]
+
+
+def multiply_adds(jaxpr) -> int:
+    """Of the products in a jaxpr; of loops whose rounds are data, one round."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (axes, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            contracted = prod(left[axis] for axis in axes)
+            total += contracted * prod(equation.outvars[0].aval.shape)
+        rounds = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for inner in core.jaxprs_in_params(equation.params):
+            total += rounds * multiply_adds(inner)
+    return total
 
 
 def trace(

@@ -17,7 +17,8 @@ COMMUTE = frozenset(("mul", "add", "add_any"))
 class Simplifier:
     """A `program.Rewrite`: what is known or was computed before is not computed again.
 
-    Of what depends on constants alone, results are computed at once; equal operations
+    Of what depends on constants alone, results are computed at once (but for `iota`
+    and what becomes of it, which kernels have sooner than an array); equal operations
     on equal operands are one; a product with ones, a sum with zeros, a sum over axes of
     length one and a number that is widened and rounded again to what it was are what
     went in.
@@ -31,6 +32,9 @@ class Simplifier:
 
     def __call__(self, equation, inputs: Sequence, bind: Callable) -> list:
         primitive, params = equation.primitive, equation.params
+        if primitive.name == "iota":
+            # What kernels count in less time than they read it.
+            return self.results.setdefault(str(params), bind(inputs))
         if not equation.effects and not any(map(_is_data, inputs)):
             with jax.ensure_compile_time_eval():
                 return [np.asarray(result) for result in bind(inputs)]

@@ -2,23 +2,26 @@
 
 The grid is (elements / group, stretches of chunks), the stretches in sequence. What is
 carried lives in the block of the output that will hold it at the end: as that block
-stays the same from one stretch to the next, it stays in VMEM. Several elements go
-through one grid step, written out one after the other, so that the compiler can fill
-the waits of one with the work of another.
+stays the same from one stretch to the next, it stays in VMEM. Elements that fit beside
+each other into the lanes are one (`side_by_side.py`). Several go through one grid step,
+written out operation by operation, so that the compiler can fill the waits of one with
+the work of another.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from math import gcd
+from math import gcd, prod
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.fused_scan import blocks
 from pallas_kernels.fused_scan.autodiff import Operand
 from pallas_kernels.fused_scan.mosaic import compilable
 from pallas_kernels.fused_scan.program import Program, Struct, floats
+from pallas_kernels.fused_scan.side_by_side import SideBySide
 from pallas_kernels.fused_scan.vmem import (
     load,
     loop,
@@ -69,10 +72,47 @@ def objection(program: Program) -> str | None:
 
 def forward(program: Program, size, carry, xs, consts, *, every, interpret):
     """See `autodiff`."""
-    program = compilable(program)
+    side = SideBySide(program, size, xs, consts)
+    ends, ys, saved = _forward(
+        side,
+        size // side.count,
+        side.carry(carry, program.carry),
+        side.operands(xs, program.x),
+        side.operands(consts, program.consts),
+        every,
+        interpret,
+    )
+    return (
+        side.elements(ends, program.carry),
+        side.elements(ys, program.y),
+        side.elements(saved, program.carry if every else ()),
+    )
+
+
+def backward(
+    program: Program, size, saved, xs, consts, d_carry, d_ys, *, every, interpret
+):
+    """See `autodiff`."""
+    side = SideBySide(program, size, xs, consts)
+    results = _backward(
+        side,
+        size // side.count,
+        side.arrays(saved, program.carry),
+        side.operands(xs, program.x),
+        side.operands(consts, program.consts),
+        side.arrays(d_carry, floats(program.carry)),
+        side.arrays(d_ys, floats(program.y)),
+        every,
+        interpret,
+    )
+    return tuple(map(side.elements, results, program.cotangents))
+
+
+def _forward(side: SideBySide, size, carry, xs, consts, every, interpret):
+    program = compilable(side.program)
     chunks = xs[0].array.shape[1]
     needed = _bytes(program, [program.step], 3 if every else 2)
-    group = _group(size, [*carry, *xs, *consts], needed)
+    group = _group(side, size, [*carry, *xs, *consts], needed)
 
     def kernel(constants, starts, x, held, ends, ys, saved):
         chunk = pl.program_id(1)
@@ -104,10 +144,10 @@ def forward(program: Program, size, carry, xs, consts, *, every, interpret):
             store(ys, g, y, 0)
 
     operands = [
-        _constants(program.step),
-        [_input(o, size, group) for o in carry],
-        [_input(o, size, group, (1, lambda i: i)) for o in xs],
-        [_input(o, size, group) for o in consts],
+        blocks.constants(program.step),
+        [blocks.taken(o, size, group) for o in carry],
+        [blocks.taken(o, size, group, (1, lambda i: i)) for o in xs],
+        [blocks.taken(o, size, group) for o in consts],
     ]
     kept = program.carry if every else ()
     stretches = pl.cdiv(chunks, every) if every else 0
@@ -116,37 +156,40 @@ def forward(program: Program, size, carry, xs, consts, *, every, interpret):
         return jax.lax.div(i, every)
 
     results = [
-        [_output(leaf, size, group) for leaf in program.carry],
-        [_output(leaf, size, group, (chunks, 1, lambda i: i)) for leaf in program.y],
+        [blocks.given(leaf, size, group) for leaf in program.carry],
         [
-            _output(
+            blocks.given(leaf, size, group, (chunks, 1, lambda i: i))
+            for leaf in program.y
+        ],
+        [
+            blocks.given(
                 leaf, size, group, (stretches, None, lambda i: jax.lax.div(i, every))
             )
             for leaf in (program.carry if every else ())
         ],
     ]
     grid = (size // group, chunks)
+    products = size * chunks * side.multiply_adds("step")
     ends, ys, saved = _call(
-        "fused_scan_forward", kernel, grid, operands, results, interpret
+        "fused_scan_forward", kernel, grid, operands, results, interpret, products
     )
     return (
-        _shaped(ends, program.carry, size),
-        _shaped(ys, program.y, size, chunks),
-        _shaped(saved, kept, size, stretches),
+        blocks.shaped(ends, program.carry, size),
+        blocks.shaped(ys, program.y, size, chunks),
+        blocks.shaped(saved, kept, size, stretches),
     )
 
 
-def backward(
-    program: Program, size, saved, xs, consts, d_carry, d_ys, *, every, interpret
+def _backward(
+    side: SideBySide, size, saved, xs, consts, d_carry, d_ys, every, interpret
 ):
-    """See `autodiff`."""
-    program = compilable(program)
+    program = compilable(side.program)
     chunks = xs[0].array.shape[1]
     stretches = pl.cdiv(chunks, every)
     functions = [program.advance, program.pull_back]
     needed = _bytes(program, functions, 3 + every, 2 * every)
-    group = _group(size, [*xs, *consts], needed)
-    d_carries, d_xs, d_consts = map(floats, (program.carry, program.x, program.consts))
+    group = _group(side, size, [*xs, *consts], needed)
+    d_carries, d_xs, d_consts = program.cotangents
     d_y = floats(program.y)
 
     def kernel(
@@ -211,32 +254,41 @@ def backward(
 
     operands = [
         [
-            _constants(program.advance) if every > 1 else [],
-            _constants(program.pull_back),
+            blocks.constants(program.advance) if every > 1 else [],
+            blocks.constants(program.pull_back),
         ],
-        [_input(Operand(s, 1), size, group, (None, reverse)) for s in saved],
-        [_input(o, size, group, (every, reverse)) for o in xs],
-        [_input(o, size, group) for o in consts],
-        [_input(Operand(d, 1), size, group) for d in d_carry],
-        [_input(Operand(d, 1), size, group, (every, reverse)) for d in d_ys],
+        [blocks.taken(Operand(s, 1), size, group, (None, reverse)) for s in saved],
+        [blocks.taken(o, size, group, (every, reverse)) for o in xs],
+        [blocks.taken(o, size, group) for o in consts],
+        [blocks.taken(Operand(d, 1), size, group) for d in d_carry],
+        [blocks.taken(Operand(d, 1), size, group, (every, reverse)) for d in d_ys],
     ]
     results = [
-        [_output(leaf, size, group) for leaf in d_carries],
-        [_output(leaf, size, group, (chunks, every, reverse)) for leaf in d_xs],
-        [_output(_accumulator(leaf), size, group) for leaf in d_consts],
+        [blocks.given(leaf, size, group) for leaf in d_carries],
+        [blocks.given(leaf, size, group, (chunks, every, reverse)) for leaf in d_xs],
+        [blocks.given(_accumulator(leaf), size, group) for leaf in d_consts],
     ]
     scratch = [
         pltpu.VMEM((group, every, *tile(leaf.shape)), stored(leaf.dtype))
         for leaf in (program.carry if every > 1 else ())
     ]
     grid = (size // group, stretches)
+    again = (chunks - stretches) * side.multiply_adds("advance")
+    products = size * (again + chunks * side.multiply_adds("pull_back"))
     d_carry, d_x, d_held = _call(
-        "fused_scan_backward", kernel, grid, operands, results, interpret, scratch
+        "fused_scan_backward",
+        kernel,
+        grid,
+        operands,
+        results,
+        interpret,
+        products,
+        scratch,
     )
     return (
-        _shaped(d_carry, d_carries, size),
-        _shaped(d_x, d_xs, size, chunks),
-        _shaped(d_held, d_consts, size),
+        blocks.shaped(d_carry, d_carries, size),
+        blocks.shaped(d_x, d_xs, size, chunks),
+        blocks.shaped(d_held, d_consts, size),
     )
 
 
@@ -251,9 +303,9 @@ def _bytes(program: Program, functions, carries: int, chunks: int = 1) -> int:
     return blocks + 2 * max(loop_bytes(function) for function in functions)
 
 
-def _group(size: int, operands: Sequence[Operand], element_bytes: int) -> int:
-    """Elements per grid step, all of which find their rows in one block."""
-    group = gcd(size, GROUP)
+def _group(side: SideBySide, size: int, operands, element_bytes: int) -> int:
+    """Programs side by side per grid step; all find their rows in one block."""
+    group = gcd(size, max(1, GROUP // side.count))
     for operand in operands:
         group = gcd(group, operand.rows if operand.repeat == 1 else operand.repeat)
     while group > 1 and group * element_bytes > BLOCK_BYTES:
@@ -265,49 +317,7 @@ def _accumulator(leaf: Struct) -> Struct:
     return Struct(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
 
 
-def _input(operand: Operand, size: int, group: int, along=None):
-    """Array and block of an operand; along: chunks per block and which block."""
-    array, repeat = operand
-    lead = array.shape[: 1 if along is None else 2]
-    tail = tile(array.shape[len(lead) :])
-    array = array.reshape(*lead, *tail).astype(stored(array.dtype))
-    block = group if repeat == 1 else 1
-
-    def index(n, i):
-        # Floor division of integers that are not negative.
-        row = jax.lax.rem(jax.lax.div(n * group, repeat), lead[0])
-        row = jax.lax.div(row, block)
-        return (row, *(() if along is None else (along[1](i),)), *(0 for _ in tail))
-
-    chunk = () if along is None else (along[0],)
-    return array, pl.BlockSpec((block, *chunk, *tail), index)
-
-
-def _output(leaf: Struct, size: int, group: int, along=None):
-    """Shape and block of a result; along: chunks, chunks per block, which block."""
-    tail = tile(leaf.shape)
-    chunks, per_block, which = along or (None, None, None)
-    lead = (size,) if along is None else (size, chunks)
-    chunk = () if along is None else (per_block,)
-
-    def index(n, i):
-        return (n, *(() if along is None else (which(i),)), *(0 for _ in tail))
-
-    struct = Struct((*lead, *tail), stored(leaf.dtype))
-    return struct, pl.BlockSpec((group, *chunk, *tail), index)
-
-
-def _constants(function):
-    """Arrays and blocks of what a traced function brings along."""
-    inputs = []
-    for constant in map(jnp.asarray, function.constants):
-        tail = tile(constant.shape)
-        spec = pl.BlockSpec(tail, lambda n, i, tail=tail: (0,) * len(tail))
-        inputs.append((constant.reshape(tail).astype(stored(constant.dtype)), spec))
-    return inputs
-
-
-def _call(name, kernel, grid, operands, results, interpret, scratch=()):
+def _call(name, kernel, grid, operands, results, interpret, products, scratch=()):
     is_pair = lambda x: isinstance(x, tuple)  # noqa: E731
     first, second = (
         partial(jax.tree.map, lambda pair, i=i: pair[i], is_leaf=is_pair)
@@ -321,17 +331,19 @@ def _call(name, kernel, grid, operands, results, interpret, scratch=()):
         out_specs=second(results),
         scratch_shapes=list(scratch),
         compiler_params=PARAMS,
+        cost_estimate=_cost(products, jax.tree.leaves(first([operands, results]))),
         interpret=interpret,
         name=name,
     )
     return call(*first(operands))
 
 
-def _shaped(arrays, leaves, *lead):
-    return [
-        array.reshape(*lead, *leaf.shape).astype(leaf.dtype)
-        for array, leaf in zip(arrays, leaves, strict=True)
-    ]
+def _cost(multiply_adds: int, arrays: Sequence) -> pl.CostEstimate:
+    """What XLA's scheduler is told of a kernel."""
+    size = sum(prod(array.shape) * array.dtype.itemsize for array in arrays)
+    return pl.CostEstimate(
+        flops=2 * multiply_adds, transcendentals=0, bytes_accessed=size
+    )
 
 
 def _load_constants(refs, function):
