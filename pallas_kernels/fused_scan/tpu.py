@@ -31,6 +31,7 @@ from pallas_kernels.fused_scan.vmem import (
     stored,
     tile,
     value,
+    value_bytes,
 )
 
 GROUP = 8
@@ -39,8 +40,8 @@ GROUP = 8
 VMEM_BYTES = 60 * 2**20
 """What a kernel may use of VMEM; every chip since v5e has at least 64 MiB."""
 
-BLOCK_BYTES = VMEM_BYTES // 2
-"""What its blocks may take of that; the rest is for values inside a step."""
+ESTIMATED_BYTES = 62 * 2**20
+"""What its blocks and values may take of that, by an estimate that is too high."""
 
 PARAMS = pltpu.CompilerParams(
     dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
@@ -295,12 +296,12 @@ def _backward(
 def _bytes(program: Program, functions, carries: int, chunks: int = 1) -> int:
     """On chip for one element: blocks of so many carries and chunks, twice each.
 
-    And what the loops of the functions that it runs through keep there, twice: as much
-    again lives beside a loop, for what follows it.
+    And the values of the functions that it runs through, those of their loops twice:
+    where a loop keeps them, and in a round.
     """
     flow = padded(program.x) + padded(program.y)
     blocks = 2 * (carries * padded(program.carry) + chunks * flow)
-    return blocks + 2 * max(loop_bytes(function) for function in functions)
+    return blocks + max(loop_bytes(each) + value_bytes(each) for each in functions)
 
 
 def _group(side: SideBySide, size: int, operands, element_bytes: int) -> int:
@@ -308,7 +309,7 @@ def _group(side: SideBySide, size: int, operands, element_bytes: int) -> int:
     group = gcd(size, max(1, GROUP // side.count))
     for operand in operands:
         group = gcd(group, operand.rows if operand.repeat == 1 else operand.repeat)
-    while group > 1 and group * element_bytes > BLOCK_BYTES:
+    while group > 1 and group * element_bytes > ESTIMATED_BYTES:
         group = next(n for n in range(group - 1, 0, -1) if group % n == 0)
     return group
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.extend import core
 
 from pallas_kernels.fused_scan.program import Function, Loop
 
@@ -126,6 +127,30 @@ def loop(this: Loop, inputs: Sequence[Sequence[jax.Array]]) -> list[list[jax.Arr
         [memory(leaf, (this.length,)) for leaf in avals[first_x:]],
         [memory(leaf, (this.length,)) for leaf in ys],
     )
+
+
+def value_bytes(function: Function) -> int:
+    """What a function of one element computes and still needs, where it is most.
+
+    Too high: of what is only passed on, not all is ever in memory.
+    """
+    return _value_bytes(function.jaxpr)
+
+
+def _value_bytes(jaxpr) -> int:
+    lasts = {var: len(jaxpr.eqns) for var in jaxpr.outvars}
+    for moment, equation in enumerate(jaxpr.eqns):
+        for atom in equation.invars:
+            if not isinstance(atom, core.Literal):
+                lasts[atom] = max(moment, lasts.get(atom, moment))
+    alive, most = {}, 0
+    for moment, equation in enumerate(jaxpr.eqns):
+        for var in equation.outvars:
+            alive[var] = padded([var.aval]) * var.aval.dtype.itemsize // 4
+        inner = map(_value_bytes, core.jaxprs_in_params(equation.params))
+        most = max(most, sum(alive.values()) + max(inner, default=0))
+        alive = {v: size for v, size in alive.items() if lasts.get(v, -1) > moment}
+    return most
 
 
 def loop_bytes(function: Function) -> int:
