@@ -4,7 +4,7 @@ Triton keeps every value in registers and takes sizes that are powers of two. A 
 step has neither: its weights and hidden layers are larger than the registers of a whole
 multiprocessor, and head dimensions may be 96. So the step's equations are evaluated
 tile by tile. What lies between matrix products (elementwise, broadcast, transposed) is
-never stored, unless that would be done too often: each tile of it is computed where it
+not stored unless it is read more than once: each tile of it is computed where it
 is read. Results of products and sums go to scratch memory, which a program reads back
 tile by tile from the second-level cache; only single numbers stay in registers.
 
@@ -14,7 +14,7 @@ in scratch memory, and a round writes a new carry, which becomes the next one's.
 `Layout` decides this from the equations alone; `Layout.run` emits the code.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,7 +41,6 @@ class Tuning(NamedTuple):
     """How a program is laid out; changes its speed, never its result."""
 
     tile: int  # largest extent of a tile
-    chain: int = 2  # equations to be computed again rather than stored
 
 
 class Rounds(NamedTuple):
@@ -126,29 +125,20 @@ class Layout:
         return readers
 
     def _cuts(self, readers) -> frozenset[Var]:
-        """Where to store what would otherwise be computed too often from too far."""
-        uses = defaultdict(int)
-        for eqn in self.jaxpr.eqns:
-            for atom in eqn.invars:
-                if isinstance(atom, Var):
-                    uses[atom] += 1
-        chains, cuts = {}, set()  # equations behind each variable that is not stored
-        for eqn in self.jaxpr.eqns:
-            if eqn.primitive.name in (*REDUCTIONS, "dot_general", LOOP):
-                continue
-            (out,) = eqn.outvars
-            sources = [
-                chains[v]
-                for v in eqn.invars
-                if not isinstance(v, Literal) and v in chains
-            ]
-            chain = frozenset((out,)).union(*sources)
-            again = len(readers[out]) - 1
-            if uses[out] > 1 and again and len(chain) >= self.tuning.chain:
-                cuts.add(out)
-            else:
-                chains[out] = chain
-        return frozenset(cuts)
+        """What would otherwise be computed more than once, and not only moved."""
+        uses = Counter(
+            atom
+            for eqn in self.jaxpr.eqns
+            for atom in eqn.invars
+            if isinstance(atom, Var)
+        )
+        return frozenset(
+            out
+            for eqn in self.jaxpr.eqns
+            if eqn.primitive.name in ELEMENTWISE
+            for out in eqn.outvars
+            if uses[out] > 1 and len(readers[out]) > 1
+        )
 
     def _place(self, readers):
         live = {}  # kept variable -> last moment
