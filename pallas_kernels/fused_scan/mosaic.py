@@ -1,28 +1,19 @@
 """What libtpu does not compile, written in another way."""
 
-from dataclasses import replace
 from functools import partial
 
 import jax.numpy as jnp
 
-from pallas_kernels.fused_scan.program import Function, Program, rewritten
+from pallas_kernels.fused_scan.program import Function, rewritten
 
 
-def compilable(program: Program) -> Program:
+def compilable(function: Function) -> Function:
     """The same with some products x^T y as (y^T x)^T: where x is the y of another.
 
     With them the compiler for v6e ends in internal errors (libtpu 0.0.42.1): in the
     backward pass of rules that keep everything, whose keys or queries are factors of
     several gradients just as they came.
     """
-    functions = {
-        name: _turned(getattr(program, name))
-        for name in ("step", "advance", "pull_back")
-    }
-    return replace(program, **functions)
-
-
-def _turned(function: Function) -> Function:
     products = [e for e in function.jaxpr.eqns if _is_columns(e)]
     rights = {id(product.invars[1]) for product in products}
     return rewritten(function, partial(_turn, rights))

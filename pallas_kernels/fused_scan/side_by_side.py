@@ -6,8 +6,8 @@ is not a matrix product (`lanes`).
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import gcd
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,20 @@ from pallas_kernels.fused_scan.simplify import Simplifier
 from pallas_kernels.fused_scan.vmem import tile
 
 
-class SideBySide:
-    """`program` of `count` elements as one each, of `size` of them in all.
+class Leaves(NamedTuple):
+    """Shapes of what a program reads and gives, as `Program` has them."""
 
-    Leaves are `[R, count n]` where that fits into the lanes, else `[count, R, n]`; an
+    carry: tuple[Struct, ...]
+    x: tuple[Struct, ...]
+    consts: tuple[Struct, ...]
+    y: tuple[Struct, ...]
+    cotangents: tuple[list[Struct], ...]
+
+
+class SideBySide:
+    """A program of `count` elements as one each, of `size` of them in all.
+
+    `leaves` are `[R, count n]` where that fits into the lanes, else `[count, R, n]`; an
     operand of x or consts that elements beside each other share stays what it is.
     """
 
@@ -42,14 +52,28 @@ class SideBySide:
         operands = (*xs, *consts)
         self.count = _count(program, size, operands)
         self._lanes = Lanes(self.count)
-        self._whole = self.program = program
-        if self.count > 1:
-            shared = [False] * len(program.carry) + [o.repeat > 1 for o in operands]
-            self.program = self._packed(program, shared)
+        self._program = program
+        is_shared = [operand.repeat > 1 for operand in operands]
+        self._shared = [False] * len(program.carry) + is_shared
+        self.leaves = Leaves(
+            tuple(map(self._leaf, program.carry)),
+            tuple(map(self._leaf, program.x, is_shared)),
+            tuple(map(self._leaf, program.consts, is_shared[len(xs) :])),
+            tuple(map(self._leaf, program.y)),
+            tuple(list(map(self._leaf, part)) for part in program.cotangents),
+        )
+
+    def function(self, name: str) -> Function:
+        """That one of the program's functions."""
+        function = getattr(self._program, name)
+        if self.count == 1:
+            return function
+        cotangents = len(function.jaxpr.invars) - len(self._shared)
+        return self._function(function, self._shared + [False] * cotangents)
 
     def multiply_adds(self, name: str) -> int:
         """Of one of the program's functions: those of its elements, without zeros."""
-        return self.count * multiply_adds(getattr(self._whole, name).jaxpr)
+        return self.count * multiply_adds(getattr(self._program, name).jaxpr)
 
     def operands(self, operands, leaves) -> list[Operand]:
         """x or consts as the program reads them."""
@@ -102,27 +126,8 @@ class SideBySide:
             array = jnp.moveaxis(array, 1 + len(lead), 1)
         return array.reshape(-1, *lead, *leaf.shape)
 
-    def _packed(self, program, shared):
-        leaves = [*program.carry, *program.x, *program.consts]
-        packed = list(map(self._leaf, leaves, shared))
-        carries, xs = len(program.carry), len(program.x)
-
-        def function(name):
-            of_one = getattr(program, name)
-            cotangents = len(of_one.jaxpr.invars) - len(leaves)
-            return self._function(of_one, shared + [False] * cotangents)
-
-        return replace(
-            program,
-            carry=tuple(packed[:carries]),
-            x=tuple(packed[carries : carries + xs]),
-            consts=tuple(packed[carries + xs :]),
-            y=tuple(map(self._leaf, program.y)),
-            **{name: function(name) for name in ("step", "advance", "pull_back")},
-        )
-
     def _leaf(self, leaf, shared=False):
-        if shared:
+        if shared or self.count == 1:
             shape = leaf.shape
         elif self._lanes.fit(leaf.shape):
             shape = self._lanes.wide(leaf.shape)

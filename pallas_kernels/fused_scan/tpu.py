@@ -21,7 +21,7 @@ from pallas_kernels.fused_scan import blocks
 from pallas_kernels.fused_scan.autodiff import Operand
 from pallas_kernels.fused_scan.mosaic import compilable
 from pallas_kernels.fused_scan.program import Program, Struct, floats
-from pallas_kernels.fused_scan.side_by_side import SideBySide
+from pallas_kernels.fused_scan.side_by_side import Leaves, SideBySide
 from pallas_kernels.fused_scan.vmem import (
     load,
     loop,
@@ -110,9 +110,9 @@ def backward(
 
 
 def _forward(side: SideBySide, size, carry, xs, consts, every, interpret):
-    program = compilable(side.program)
+    leaves, step = side.leaves, compilable(side.function("step"))
     chunks = xs[0].array.shape[1]
-    needed = _bytes(program, [program.step], 3 if every else 2)
+    needed = _bytes(leaves, [step], 3 if every else 2)
     group = _group(side, size, [*carry, *xs, *consts], needed)
 
     def kernel(constants, starts, x, held, ends, ys, saved):
@@ -121,52 +121,52 @@ def _forward(side: SideBySide, size, carry, xs, consts, every, interpret):
         @pl.when(chunk == 0)
         def _():
             for g in range(group):
-                store(ends, g, load(starts, program.carry, g))
+                store(ends, g, load(starts, leaves.carry, g))
 
         if every:
 
             @pl.when(jax.lax.rem(chunk, every) == 0)
             def _():
                 for g in range(group):
-                    store(saved, g, load(ends, program.carry, g))
+                    store(saved, g, load(ends, leaves.carry, g))
 
-        shared = _load_constants(constants, program.step)
+        shared = _load_constants(constants, step)
         given = [
             (
-                *load(ends, program.carry, g),
-                *load(x, program.x, g, 0),
-                *load(held, program.consts, g),
+                *load(ends, leaves.carry, g),
+                *load(x, leaves.x, g, 0),
+                *load(held, leaves.consts, g),
             )
             for g in range(group)
         ]
-        for g, results in enumerate(program.step.each(shared, given, loop)):
+        for g, results in enumerate(step.each(shared, given, loop)):
             after, y = _split(results, len(ends))
             store(ends, g, after)
             store(ys, g, y, 0)
 
     operands = [
-        blocks.constants(program.step),
+        blocks.constants(step),
         [blocks.taken(o, size, group) for o in carry],
         [blocks.taken(o, size, group, (1, lambda i: i)) for o in xs],
         [blocks.taken(o, size, group) for o in consts],
     ]
-    kept = program.carry if every else ()
+    kept = leaves.carry if every else ()
     stretches = pl.cdiv(chunks, every) if every else 0
 
     def stretch(i):
         return jax.lax.div(i, every)
 
     results = [
-        [blocks.given(leaf, size, group) for leaf in program.carry],
+        [blocks.given(leaf, size, group) for leaf in leaves.carry],
         [
             blocks.given(leaf, size, group, (chunks, 1, lambda i: i))
-            for leaf in program.y
+            for leaf in leaves.y
         ],
         [
             blocks.given(
                 leaf, size, group, (stretches, None, lambda i: jax.lax.div(i, every))
             )
-            for leaf in (program.carry if every else ())
+            for leaf in (leaves.carry if every else ())
         ],
     ]
     grid = (size // group, chunks)
@@ -175,8 +175,8 @@ def _forward(side: SideBySide, size, carry, xs, consts, every, interpret):
         "fused_scan_forward", kernel, grid, operands, results, interpret, products
     )
     return (
-        blocks.shaped(ends, program.carry, size),
-        blocks.shaped(ys, program.y, size, chunks),
+        blocks.shaped(ends, leaves.carry, size),
+        blocks.shaped(ys, leaves.y, size, chunks),
         blocks.shaped(saved, kept, size, stretches),
     )
 
@@ -184,20 +184,21 @@ def _forward(side: SideBySide, size, carry, xs, consts, every, interpret):
 def _backward(
     side: SideBySide, size, saved, xs, consts, d_carry, d_ys, every, interpret
 ):
-    program = compilable(side.program)
+    leaves, pull_back = side.leaves, compilable(side.function("pull_back"))
+    advance = compilable(side.function("advance")) if every > 1 else None
     chunks = xs[0].array.shape[1]
     stretches = pl.cdiv(chunks, every)
-    functions = [program.advance, program.pull_back]
-    needed = _bytes(program, functions, 3 + every, 2 * every)
+    functions = [pull_back] if advance is None else [advance, pull_back]
+    needed = _bytes(leaves, functions, 3 + every, 2 * every)
     group = _group(side, size, [*xs, *consts], needed)
-    d_carries, d_xs, d_consts = program.cotangents
-    d_y = floats(program.y)
+    d_carries, d_xs, d_consts = leaves.cotangents
+    d_y = floats(leaves.y)
 
     def kernel(
         constants, saved, x, held, d_ends, d_ys, d_starts, d_x, d_held, *carries
     ):
         stretch = stretches - 1 - pl.program_id(1)
-        advance, pull_back = constants
+        of_advance, of_pull_back = constants
 
         @pl.when(pl.program_id(1) == 0)
         def _():
@@ -207,32 +208,32 @@ def _backward(
                 ref[...] = jnp.zeros_like(ref)
 
         def forward_again(i, _):
-            shared = _load_constants(advance, program.advance)
+            shared = _load_constants(of_advance, advance)
             given = [
                 (
-                    *load(carries, program.carry, g, i),
-                    *load(x, program.x, g, i),
-                    *load(held, program.consts, g),
+                    *load(carries, leaves.carry, g, i),
+                    *load(x, leaves.x, g, i),
+                    *load(held, leaves.consts, g),
                 )
                 for g in range(group)
             ]
-            for g, after in enumerate(program.advance.each(shared, given, loop)):
+            for g, after in enumerate(advance.each(shared, given, loop)):
                 store(carries, g, after, i + 1)
 
         def back(i):
-            shared = _load_constants(pull_back, program.pull_back)
+            shared = _load_constants(of_pull_back, pull_back)
             start = (carries, i) if every > 1 else (saved,)
             given = [
                 (
-                    *load(start[0], program.carry, g, *start[1:]),
-                    *load(x, program.x, g, i),
-                    *load(held, program.consts, g),
+                    *load(start[0], leaves.carry, g, *start[1:]),
+                    *load(x, leaves.x, g, i),
+                    *load(held, leaves.consts, g),
                     *load(d_starts, d_carries, g),
                     *load(d_ys, d_y, g, i),
                 )
                 for g in range(group)
             ]
-            for g, results in enumerate(program.pull_back.each(shared, given, loop)):
+            for g, results in enumerate(pull_back.each(shared, given, loop)):
                 parts = _split(results, len(d_starts), len(d_x))
                 store(d_starts, g, parts[0])
                 store(d_x, g, parts[1], i)
@@ -246,7 +247,7 @@ def _backward(
             if chunks % every:
                 count = jnp.minimum(every, chunks - stretch * every)
             for g in range(group):
-                store(carries, g, load(saved, program.carry, g), 0)
+                store(carries, g, load(saved, leaves.carry, g), 0)
             jax.lax.fori_loop(0, count - 1, forward_again, None)
             jax.lax.fori_loop(0, count, lambda i, _: back(count - 1 - i), None)
 
@@ -255,8 +256,8 @@ def _backward(
 
     operands = [
         [
-            blocks.constants(program.advance) if every > 1 else [],
-            blocks.constants(program.pull_back),
+            blocks.constants(advance) if every > 1 else [],
+            blocks.constants(pull_back),
         ],
         [blocks.taken(Operand(s, 1), size, group, (None, reverse)) for s in saved],
         [blocks.taken(o, size, group, (every, reverse)) for o in xs],
@@ -271,7 +272,7 @@ def _backward(
     ]
     scratch = [
         pltpu.VMEM((group, every, *tile(leaf.shape)), stored(leaf.dtype))
-        for leaf in (program.carry if every > 1 else ())
+        for leaf in (leaves.carry if every > 1 else ())
     ]
     grid = (size // group, stretches)
     again = (chunks - stretches) * side.multiply_adds("advance")
@@ -293,15 +294,15 @@ def _backward(
     )
 
 
-def _bytes(program: Program, functions, carries: int, chunks: int = 1) -> int:
+def _bytes(leaves: Leaves, functions, carries: int, chunks: int = 1) -> int:
     """On chip for one element: blocks of so many carries and chunks, twice each.
 
     And the values of the functions that it runs through, those of their loops twice:
     where a loop keeps them, and in a round.
     """
-    flow = padded(program.x) + padded(program.y)
-    blocks = 2 * (carries * padded(program.carry) + chunks * flow)
-    return blocks + max(loop_bytes(each) + value_bytes(each) for each in functions)
+    flow = padded(leaves.x) + padded(leaves.y)
+    held = 2 * (carries * padded(leaves.carry) + chunks * flow)
+    return held + max(loop_bytes(each) + value_bytes(each) for each in functions)
 
 
 def _group(side: SideBySide, size: int, operands, element_bytes: int) -> int:

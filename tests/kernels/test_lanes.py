@@ -82,7 +82,7 @@ def beside(side, one, xs, consts, carry, cotangents):
         "pull_back": [leaf for part in one.cotangents for leaf in part],
     }
     for name, results in leaves.items():
-        function = getattr(side.program, name)
+        function = side.function(name)
         operands = [*first, *(back if name == "pull_back" else [])]
         found = function(function.constants, *map(jnp.asarray, operands))
         yield name, side.elements([array[None] for array in found], results)
@@ -134,7 +134,7 @@ def test_three_rows_that_pairs_take_turns_with():
 
 def test_what_fits_is_in_the_lanes_and_what_is_shared_is_one(sides):
     _, side, *_ = sides
-    parts = (side.program.x, side.program.consts)
+    parts = (side.leaves.x, side.leaves.consts)
     x, consts = ([leaf.shape for leaf in part] for part in parts)
     assert x == [(16, 64), (4, 16, 1), (4, 1, 1), (4, 1, 1)]
     assert consts == [(16, 16), (64,), (4, 16, 40)]
