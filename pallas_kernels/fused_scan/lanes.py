@@ -29,14 +29,20 @@ LANES = 128
 
 
 class Shared(NamedTuple):
+    """One array that all elements read."""
+
     x: jax.Array
 
 
 class Side(NamedTuple):
+    """The arrays of all elements side by side, `[..., R, count n]`."""
+
     x: jax.Array
 
 
 class Each(NamedTuple):
+    """An array for each element."""
+
     xs: Sequence[jax.Array]
 
 

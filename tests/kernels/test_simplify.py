@@ -84,7 +84,7 @@ def test_products_that_are_turned_for_the_compiler_are_the_same():
     rng = np.random.default_rng(0)
     operands = [rng.normal(size=(8, n)).astype(np.float32) for n in (3, 4, 5)]
     given = program._trace(products, *operands)
-    turned = mosaic._turned(given)
+    turned = mosaic.compilable(given)
     assert operations(turned) == ["dot_general", "transpose", "dot_general"]
     expected, actual = given((), *operands), turned((), *operands)
     for one, other in zip(expected, actual, strict=True):
