@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.kernels import cases
+from experiments.kernels import cases, layers
 from pallas_kernels import fused_scan
 from pallas_kernels.aot import tpu, work
 from tests import kernels
@@ -36,6 +36,19 @@ def test_a_rule_that_keeps_everything_compiles_for_v6e():
         if case.name.endswith("both")
     ]
     tpu.compile_for("v6e", case.kernel, *case.operands)
+
+
+def test_what_is_around_the_kernels_of_a_layer(monkeypatch):
+    """More than its products need, which of each head are twice in twice the width."""
+    monkeypatch.setattr(layers, "LENGTH", 4096)
+    monkeypatch.setattr(layers, "ROWS", 1)
+    found = {}
+    for heads in (2, 4):
+        monkeypatch.setattr(layers, "HEADS", heads)
+        found[heads] = layers.measure("linear_attention", "v5e")
+    (around, products, _), (_, of_wider, _) = found[2], found[4]
+    assert around > products > 0
+    assert 1.8 < of_wider / products < 2.1
 
 
 def test_split_over_the_devices_of_a_host():
