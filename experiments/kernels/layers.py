@@ -4,7 +4,7 @@
 
 One layer of 16 heads of 64, 4 rows of 2,048 tokens in bfloat16, forward and backward:
 XLA's estimate of all that is not a kernel (projections, convolution, rates, changes of
-layout), in cycles per token and head, what of that are matrix products at the chip's
+layout), in cycles per token and head, what of that matrix products need at the chip's
 rate, and the temporary memory of the program. Facts of compiled programs, not timings.
 
 Expected: the table as committed, up to changes of the compiler (libtpu 0.0.42.1).
@@ -31,7 +31,7 @@ ROWS, LENGTH = 4, 2048
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table, or add it to a file."""
+    """Print the table, or write it to a file."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m experiments.kernels.layers")
     parser.add_argument("--layers", nargs="+", default=LAYERS)

@@ -4,9 +4,9 @@ Triton keeps every value in registers and takes sizes that are powers of two. A 
 step has neither: its weights and hidden layers are larger than the registers of a whole
 multiprocessor, and head dimensions may be 96. So the step's equations are evaluated
 tile by tile. What lies between matrix products (elementwise, broadcast, transposed) is
-not stored unless it is read more than once: each tile of it is computed where it
-is read. Results of products and sums go to scratch memory, which a program reads back
-tile by tile from the second-level cache; only single numbers stay in registers.
+not stored, unless it is computed and read more than once: each tile of it is made where
+it is read. Results of products and sums go to scratch memory, which a program reads
+back tile by tile from the second-level cache; only single numbers stay in registers.
 
 A loop of a fixed number of rounds is a layout in a layout: what enters and leaves it is
 in scratch memory, and a round writes a new carry, which becomes the next one's.
