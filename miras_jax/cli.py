@@ -1,4 +1,4 @@
-"""The command line: miras train, generate, evaluate, inspect, variants.
+"""The command line: miras train, generate, evaluate, inspect, export, variants.
 
 Nothing slow is imported before a command runs, so that help is instant. Mistakes of the
 user are one line on standard error and exit status 2; a diverged training exits with 3.
@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     generate = command("generate", _generate, "Write text with a trained model.")
-    generate.add_argument("workdir", metavar="WORKDIR", help="folder of the run")
+    generate.add_argument(
+        "source", metavar="WORKDIR", help="folder of the run, or a file of miras export"
+    )
     generate.add_argument(
         "prompt", nargs="?", default="", help="text to continue (none: a new document)"
     )
@@ -130,6 +132,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument(
         "--output", metavar="DIR", help="folder of page and pictures (WORKDIR/inspect)"
+    )
+    export = command("export", _export, "Write a trained model as one file.")
+    export.add_argument("workdir", metavar="WORKDIR", help="folder of the run")
+    export.add_argument("file", metavar="FILE.safetensors", help="what to write")
+    export.add_argument(
+        "--checkpoint",
+        choices=("best", "last"),
+        default="best",
+        help="by held-out loss, or the newest (%(default)s)",
     )
     variants = command(
         "variants", _variants, "List the published models and their choices."
@@ -197,15 +208,15 @@ def _train(arguments, argv: Sequence[str]) -> int:
 
 
 def _generate(arguments, argv: Sequence[str]) -> int:
-    from miras_jax.generate import generate, local
-    from miras_jax.training.run import Run
+    from miras_jax.export import of_path
+    from miras_jax.generate import generate
 
     _prepare()
-    run = Run.open(arguments.workdir)
+    trained = of_path(arguments.source)
     pieces = generate(
-        run.model,
-        local(run.restore("best").state.parameters),
-        run.tokenizer,
+        trained.model,
+        trained.parameters,
+        trained.tokenizer,
         arguments.prompt,
         length=arguments.length,
         temperature=arguments.temperature,
@@ -234,24 +245,24 @@ def _evaluate(arguments, argv: Sequence[str]) -> int:
 
 def _inspect(arguments, argv: Sequence[str]) -> int:
     from miras_jax.evaluation import inspect, inspect_page, inspect_plots
-    from miras_jax.generate import local
+    from miras_jax.export import of_run
     from miras_jax.training.run import Run
 
     _prepare()
     text = inspect.text_of(arguments.text)
     run = Run.open(arguments.workdir)
-    restored = run.restore("best")
+    trained = of_run(run, run.restore("best"))
     reading = inspect.read(
-        run.model,
-        local(restored.state.parameters),
-        run.tokenizer,
+        trained.model,
+        trained.parameters,
+        trained.tokenizer,
         text,
         arguments.length,
     )
     name = Path(arguments.text).name
     tokens = f"{len(reading.pieces):,}"
     part = f"the first {tokens} tokens" if reading.left else f"all {tokens} tokens"
-    source = f"{run.workdir}, step {restored.step:,}, reading {part} of {name}."
+    source = f"{run.workdir}, step {trained.step:,}, reading {part} of {name}."
     folder = Path(arguments.output or run.workdir / "inspect")
     folder.mkdir(parents=True, exist_ok=True)
     stem = Path(arguments.text).stem
@@ -262,6 +273,22 @@ def _inspect(arguments, argv: Sequence[str]) -> int:
     print(f"curves {inspect_plots.plot_curves(reading, folder / f'{stem}_curves.png')}")
     if reading.left:
         print(f"{reading.left:,} tokens were left out; --length N reads more")
+    return 0
+
+
+def _export(arguments, argv: Sequence[str]) -> int:
+    from miras_jax import export
+    from miras_jax.training.run import Run
+
+    _prepare()
+    run = Run.open(arguments.workdir)
+    trained = export.of_run(run, run.restore(arguments.checkpoint))
+    export.save(trained, arguments.file)
+    size = Path(arguments.file).stat().st_size / 1e6
+    print(
+        f"{arguments.file}: {trained.model.size:,} parameters of step {trained.step:,}"
+        f", tokenizer and model, {size:,.1f} MB"
+    )
     return 0
 
 

@@ -60,14 +60,6 @@ def generate(
     return _stream(model, parameters, tokenizer, ids, length, draw)
 
 
-def local(parameters: Parameters) -> Parameters:
-    """The copies on this process's first device, of parameters that all devices hold.
-
-    As those of an opened run do; one device decodes without waiting for the others.
-    """
-    return jax.tree.map(lambda x: x.addressable_data(0), parameters)
-
-
 def _stream(model, parameters, tokenizer, ids, length, draw) -> Iterator[str]:
     # Only full attention has a cache of this size: rounded, to be compiled less often.
     size = -(-(len(ids) + length) // PIECE) * PIECE

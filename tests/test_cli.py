@@ -13,6 +13,7 @@ import textwrap
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from miras_jax.cli import main
 from miras_jax.core import variants
@@ -223,6 +224,36 @@ def test_generate_continues_the_prompt_the_same_for_the_same_seed(trained):
     assert text("--temperature", 0) == text("--temperature", 0, "--seed", 2)
 
 
+def test_an_exported_model_writes_what_the_run_does(trained, tmp_path):
+    file = tmp_path / "model.safetensors"
+    status, out, err = command("export", trained[0], file)
+    assert (status, err) == (0, "") and out.startswith(f"{file}: ")
+    run = Run.open(trained[0])
+    assert f"{run.model.size:,} parameters of step " in out
+    arrays = load_file(file)
+    for name, array in run.restore("best").state.parameters.items():
+        np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+
+    def text(source):
+        return command("generate", source, "A single", "--length", 30, "--seed", 1)
+
+    assert text(file) == text(trained[0])
+
+
+def test_export_takes_the_checkpoint_that_is_asked_for(trained, tmp_path, monkeypatch):
+    restore, asked = Run.restore, []
+
+    def recorded(self, which):
+        asked.append(which)
+        return restore(self, which)
+
+    monkeypatch.setattr(Run, "restore", recorded)
+    for i, options in enumerate(([], ["--checkpoint", "last"])):
+        file = tmp_path / f"{i}.safetensors"
+        assert command("export", trained[0], file, *options)[0] == 0
+    assert asked == ["best", "last"]
+
+
 def test_generate_needs_no_prompt(trained):
     assert command("generate", trained[0], "--length", 5)[0] == 0
 
@@ -295,7 +326,11 @@ def refused(*argv):
         (["generate", "{run}", "a", "--top-p", "0"], "top_p is 0.0; give more"),
         (["generate", "{run}", "a", "--top-p", "nan"], "top_p is nan; give more"),
         (["generate", "{run}", "\udcff"], "the prompt is not valid text"),
+        (["generate", "{folder}/none.safetensors"], "is no file; miras export"),
         (["evaluate", "{folder}"], "holds no run (no config.json)"),
+        (["export", "{run}"], "required: FILE.safetensors"),
+        (["export", "{folder}", "m.safetensors"], "holds no run (no config.json)"),
+        (["export", "{run}", "{folder}/m.npz"], "must end in .safetensors"),
         (["evaluate", "{run}", "--windows", "0"], "--windows is 0"),
         (["inspect", "{run}"], "required: --text"),
         (["inspect", "{folder}", "--text", "{folder}/train.txt"], "holds no run"),

@@ -21,7 +21,12 @@ LAYERS = (
     ("tests",),
     ("experiments",),
     ("miras_jax.cli",),
-    ("miras_jax.evaluation", "miras_jax.generate", "miras_jax.training"),
+    (
+        "miras_jax.evaluation",
+        "miras_jax.export",
+        "miras_jax.generate",
+        "miras_jax.training",
+    ),
     ("miras_jax.nn",),
     ("miras_jax",),  # the package itself: what it re-exports of core
     ("miras_jax.core",),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from miras_jax.evaluation import compression, perplexity
 from miras_jax.evaluation.perplexity import Quality, Span
-from miras_jax.generate import generate, local
+from miras_jax.export import of_run
+from miras_jax.generate import generate
 from miras_jax.training.checkpoint import Restored
 from miras_jax.training.data import Prepared
 from miras_jax.training.run import Run, Totals
@@ -56,10 +57,11 @@ def summary(run: Run, restored: Restored, program: str = "miras") -> str:
     plot_positions(run, totals)
     _plot_losses(run, quality, references)
     prompt = opening_words(run.prepared)
+    trained = of_run(run, restored)
     pieces = generate(
-        run.model,
-        local(restored.state.parameters),
-        run.tokenizer,
+        trained.model,
+        trained.parameters,
+        trained.tokenizer,
         prompt,
         length=SAMPLE_TOKENS,
     )

@@ -346,7 +346,7 @@ def _tokenise(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     tokenizer = config.tokenizer.train(_read(path) for path in sources["train"])
-    tokenizer.save(staging / "tokenizer.json")
+    (staging / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     for split, paths in sources.items():
         documents, words = [], 0

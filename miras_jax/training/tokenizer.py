@@ -41,8 +41,8 @@ class Tokenizer(Protocol):
         """Return the text: nothing for end of text, U+FFFD for broken UTF-8."""
         ...
 
-    def save(self, path: str | Path) -> None:
-        """Write the tokenizer as one JSON file, for `load`."""
+    def to_json(self) -> str:
+        """Return the tokenizer as JSON, for `from_json` and, in a file, `load`."""
         ...
 
 
@@ -104,8 +104,8 @@ class ByteTokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         return _decode(self, tokens)
 
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text('{"model": {"type": "Bytes"}}\n')
+    def to_json(self) -> str:
+        return '{"model": {"type": "Bytes"}}\n'
 
 
 class BPETokenizer:
@@ -139,8 +139,8 @@ class BPETokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         return _decode(self, tokens)
 
-    def save(self, path: str | Path) -> None:
-        self._backend.save(str(path))
+    def to_json(self) -> str:
+        return self._backend.to_str(pretty=True)
 
 
 class StreamDecoder:
@@ -163,28 +163,43 @@ class StreamDecoder:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Read what `save` wrote, or any byte-level BPE `tokenizer.json` such as GPT-2's.
+    """Read a file of `to_json`, or any byte-level BPE `tokenizer.json` such as GPT-2's.
 
     UserError: the file cannot be read, or is not such a tokenizer.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot read the tokenizer {path}: {error.strerror}; "
+            "give the path of a saved tokenizer"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise _no_tokenizer(path, error) from error
+    return from_json(text, path)
+
+
+def from_json(text: str, source: str | Path) -> Tokenizer:
+    """The tokenizer of `to_json`; `source`, for messages, is where the text is from.
+
+    UserError: the text is not such a tokenizer.
+    """
+    try:
         kind = json.loads(text)["model"]["type"]
         if kind == "Bytes":
             return ByteTokenizer()
         from tokenizers import Tokenizer
 
         return BPETokenizer(Tokenizer.from_str(text))
-    except OSError as error:
-        raise UserError(
-            f"cannot read the tokenizer {path}: {error.strerror}; "
-            "give the path of a saved tokenizer"
-        ) from error
     except Exception as error:  # `tokenizers` raises bare Exception for bad files.
-        raise UserError(
-            f"{path} is not a tokenizer saved by miras_jax or a byte-level BPE with "
-            f"{_END_OF_TEXT} ({error!r}); prepare the data again"
-        ) from error
+        raise _no_tokenizer(source, error) from error
+
+
+def _no_tokenizer(source: str | Path, error: Exception) -> UserError:
+    return UserError(
+        f"{source} is not a tokenizer saved by miras_jax or a byte-level BPE with "
+        f"{_END_OF_TEXT} ({error!r}); prepare the data again"
+    )
 
 
 def _decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
