@@ -1,9 +1,13 @@
 """What a step is expected to take of a TPU's memory."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from pallas_kernels.fused_scan import tpu
 from pallas_kernels.fused_scan.program import Function
 from pallas_kernels.fused_scan.vmem import loop_bytes, value_bytes
 
@@ -41,3 +45,18 @@ def test_a_loop_keeps_what_it_carries_and_needs_the_values_of_a_round():
     assert loop_bytes(looped) == (1 + scalars) * TILE
     # Its results and, of a round, the sine and the cosine beside the counter.
     assert value_bytes(looped) == (1 + scalars) * TILE + (2 + scalars) * TILE
+
+
+@pytest.mark.parametrize(
+    ("element_bytes", "elements"),
+    [
+        (1, 8),
+        (tpu.VMEM_BYTES // 8, 8),
+        (tpu.VMEM_BYTES // 8 + 1, 4),
+        (tpu.VMEM_BYTES // 3, 2),
+        (2 * tpu.VMEM_BYTES, 1),
+    ],
+)
+def test_as_many_elements_go_together_as_fit(element_bytes, elements):
+    alone = SimpleNamespace(count=1)
+    assert tpu._group(alone, 16, [], element_bytes) == elements
