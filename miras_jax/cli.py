@@ -87,9 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     generate = command("generate", _generate, "Write text with a trained model.")
-    generate.add_argument(
-        "source", metavar="WORKDIR", help="folder of the run, or a file of miras export"
-    )
+    source = "folder of the run, or a file of miras export"
+    generate.add_argument("source", metavar="WORKDIR", help=source)
     generate.add_argument(
         "prompt", nargs="?", default="", help="text to continue (none: a new document)"
     )
@@ -121,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command(
         "inspect", _inspect, "Show what the memories of a run make of a text."
     )
-    inspect.add_argument("workdir", metavar="WORKDIR", help="folder of the run")
+    inspect.add_argument("source", metavar="WORKDIR", help=source)
     inspect.add_argument("--text", required=True, metavar="FILE", help="text to read")
     inspect.add_argument(
         "--length",
@@ -131,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
         help="most tokens to read (%(default)s)",
     )
     inspect.add_argument(
-        "--output", metavar="DIR", help="folder of page and pictures (WORKDIR/inspect)"
+        "--output",
+        metavar="DIR",
+        help="folder of page and pictures (inspect in WORKDIR or beside the file)",
     )
     export = command("export", _export, "Write a trained model as one file.")
     export.add_argument("workdir", metavar="WORKDIR", help="folder of the run")
@@ -245,13 +246,12 @@ def _evaluate(arguments, argv: Sequence[str]) -> int:
 
 def _inspect(arguments, argv: Sequence[str]) -> int:
     from miras_jax.evaluation import inspect, inspect_page, inspect_plots
-    from miras_jax.export import of_run
-    from miras_jax.training.run import Run
+    from miras_jax.export import of_path
 
     _prepare()
     text = inspect.text_of(arguments.text)
-    run = Run.open(arguments.workdir)
-    trained = of_run(run, run.restore("best"))
+    origin = Path(arguments.source)
+    trained = of_path(origin)
     reading = inspect.read(
         trained.model,
         trained.parameters,
@@ -262,8 +262,9 @@ def _inspect(arguments, argv: Sequence[str]) -> int:
     name = Path(arguments.text).name
     tokens = f"{len(reading.pieces):,}"
     part = f"the first {tokens} tokens" if reading.left else f"all {tokens} tokens"
-    source = f"{run.workdir}, step {trained.step:,}, reading {part} of {name}."
-    folder = Path(arguments.output or run.workdir / "inspect")
+    source = f"{origin}, step {trained.step:,}, reading {part} of {name}."
+    home = origin if origin.is_dir() else origin.parent
+    folder = Path(arguments.output or home / "inspect")
     folder.mkdir(parents=True, exist_ok=True)
     stem = Path(arguments.text).stem
     page = folder / f"{stem}.html"

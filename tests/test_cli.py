@@ -224,7 +224,7 @@ def test_generate_continues_the_prompt_the_same_for_the_same_seed(trained):
     assert text("--temperature", 0) == text("--temperature", 0, "--seed", 2)
 
 
-def test_an_exported_model_writes_what_the_run_does(trained, tmp_path):
+def test_an_exported_model_does_what_the_run_does(trained, folder, tmp_path):
     file = tmp_path / "model.safetensors"
     status, out, err = command("export", trained[0], file)
     assert (status, err) == (0, "") and out.startswith(f"{file}: ")
@@ -238,6 +238,17 @@ def test_an_exported_model_writes_what_the_run_does(trained, tmp_path):
         return command("generate", source, "A single", "--length", 30, "--seed", 1)
 
     assert text(file) == text(trained[0])
+
+    def page(source):
+        argv = ["inspect", source, "--text", folder / "heldout.txt", "--length", 20]
+        status, out, err = command(*argv, "--output", tmp_path / "pages")
+        assert (status, err) == (0, "")
+        page = (tmp_path / "pages" / "heldout.html").read_text()
+        return page.replace(str(source), "SOURCE")
+
+    assert page(file) == page(trained[0])
+    beside = command("inspect", file, "--text", folder / "heldout.txt")[1]
+    assert f"page   {tmp_path / 'inspect' / 'heldout.html'}" in beside
 
 
 def test_export_takes_the_checkpoint_that_is_asked_for(trained, tmp_path, monkeypatch):
