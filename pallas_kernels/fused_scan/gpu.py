@@ -27,7 +27,8 @@ from pallas_kernels.fused_scan.tiles import LEAST, axes
 WARPS = 8
 TUNING = Tuning(tile=64)
 PRECISE = Tuning(tile=32)
-"""For kernels of several products at full precision, whose operands are in parts."""
+"""For kernels of several products at full precision, whose operands are in parts, if
+it makes these smaller: of chunks of 16 the backward kernel of Titans would spill."""
 
 
 def objection(program: Program) -> str | None:
@@ -58,6 +59,7 @@ def _is_precise(eqn) -> bool:
         eqn.primitive.name == "dot_general"
         and eqn.params["precision"] is not None
         and all(atom.aval.dtype == jnp.float32 for atom in eqn.invars)
+        and any(min(atom.aval.shape) > PRECISE.tile for atom in eqn.invars)
     )
 
 

@@ -32,18 +32,19 @@ def looped(x, y):
 
 
 @pytest.mark.parametrize(
-    "run, dtype, expected",
+    "run, dtype, size, expected",
     [
-        (products(2, None), np.float32, gpu.TUNING),
-        (products(2, PRECISE), jnp.bfloat16, gpu.TUNING),
-        (products(1, PRECISE), np.float32, gpu.TUNING),
-        (products(2, PRECISE), np.float32, gpu.PRECISE),
-        (looped, np.float32, gpu.PRECISE),
+        (products(2, None), np.float32, 64, gpu.TUNING),
+        (products(2, PRECISE), jnp.bfloat16, 64, gpu.TUNING),
+        (products(2, PRECISE), np.float32, 32, gpu.TUNING),
+        (products(1, PRECISE), np.float32, 64, gpu.TUNING),
+        (products(2, PRECISE), np.float32, 64, gpu.PRECISE),
+        (looped, np.float32, 64, gpu.PRECISE),
     ],
-    ids=("plain", "narrow", "one-precise", "precise", "precise-in-a-loop"),
+    ids=("plain", "narrow", "small", "one-precise", "precise", "precise-in-a-loop"),
 )
-def test_products_at_full_precision_have_smaller_tiles(run, dtype, expected):
-    square = jnp.zeros((64, 64), dtype)
+def test_products_at_full_precision_have_smaller_tiles(run, dtype, size, expected):
+    square = jnp.zeros((size, size), dtype)
     assert gpu.tuning(function(run, square, square)) == expected
     assert gpu.PRECISE.tile < gpu.TUNING.tile
 
@@ -65,7 +66,7 @@ def test_each_kernel_has_its_own_tiles(monkeypatch):
     def run(carry, xs):
         return fused_scan(step, carry, xs, (), implementation="gpu")[1]
 
-    operands = jnp.zeros((32, 32)), jnp.zeros((2, 32, 32))
+    operands = jnp.zeros((64, 64)), jnp.zeros((2, 64, 64))
     with target("gpu"):
         jax.eval_shape(lambda *o: jax.vjp(run, *o)[1](o[1]), *operands)
     assert seen == [gpu.TUNING, gpu.PRECISE, gpu.PRECISE]
