@@ -122,9 +122,10 @@ def load(path: str | Path) -> Trained:
         config = serial.from_json(json.loads(metadata["model"]))
         if not isinstance(config, Model):
             raise UserError(f"it is the {type(config).__name__} {config}")
+        words = tokenizer.from_json(metadata["tokenizer"], "its tokenizer")
+        step = int(metadata["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} has no readable model in it: {error}") from error
-    words = tokenizer.from_json(metadata["tokenizer"], path)
     model = FunctionalModel(config, words.vocab_size)
     expected = {name: [*shape.shape] for name, shape in model.shapes.items()}
     found = {name: [*array.shape] for name, array in arrays.items()}
@@ -137,4 +138,4 @@ def load(path: str | Path) -> Trained:
         name: jax.numpy.asarray(arrays[name], shape.dtype)
         for name, shape in model.shapes.items()
     }
-    return Trained(model, parameters, words, int(metadata["step"]))
+    return Trained(model, parameters, words, step)

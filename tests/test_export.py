@@ -144,6 +144,13 @@ def test_what_describes_no_model_that_is_here_says_why(bytewise, file):
     altered(file, model=json.dumps({"is": "miras_jax.nowhere.Model"}))
     with pytest.raises(UserError, match="which cannot be imported here"):
         export.load(file)
+    whole = file.with_name("whole.safetensors")
+    export.save(bytewise, whole)
+    for damage in ({"step": None}, {"tokenizer": None}, {"tokenizer": "{"}):
+        file.write_bytes(whole.read_bytes())
+        altered(file, **damage)
+        with pytest.raises(UserError, match="no readable model in it"):
+            export.load(file)
     altered(file, model="{")
     with pytest.raises(UserError, match="no readable model in it"):
         export.load(file)
