@@ -17,7 +17,6 @@ from miras_jax.core.product import Dot, column
 from miras_jax.core.rule import Rule
 from miras_jax.core.steps import SumSteps
 from miras_jax.core.types import Params, Rates, State, Tokens, state_dtype
-from pallas_kernels.fused_scan import platform
 
 
 def solves(rule: Rule) -> bool:
@@ -36,14 +35,14 @@ def parallel_tokens(rule: Rule, rates: Rates, tile: int) -> int:
     solution of one triangular system for all value channels, or of one for each where
     learn differs between them; decays may not differ (what is written at a key of its
     own may). Decays of their own for every channel cost log2(tile) products of size
-    tile, and take half of it, a quarter on CPU.
+    tile, and take half of it.
     """
     if rule.chunk_size > 1:
         return rule.chunk_size
     if not rule.is_plain:
         return 1
     if any(map(_has_channels, rule.keeps(rates))):
-        tile = max(1, tile // (2 if platform() else 4))
+        tile = max(1, tile // 2)
     if rule.bias == DotProduct() and rule.memory.is_affine:
         return tile
     if rule.algorithm.at == "zero":

@@ -55,26 +55,28 @@ class ChannelSteps(NamedTuple):
         return seen * jnp.sum(x * a, axis=1, keepdims=True)
 
     def _products(self, dot, x, a):
-        """x_t^T D_ts a_s of pairs of each size, D of the key axis: `[C, C]` each."""
-        if self.rows is not None and len(x) > 1:
-            return _by_size(dot, self.when, x, a, self.rows)
-        products = dot.rows(x, a)
-        return tuple(pairs * products for pairs in _pairs(x))
+        """x_t^T D_ts a_s, D of the key axis and of s < t if it has any: `[C, C]`."""
+        if self.rows is None:
+            return dot.rows(x, a)
+        return _by_size(dot, self.when, x, a, self.rows)
 
     def scores(self, dot, x, a):
         a = a if self.rate is None else a * self.rate
         own = jnp.asarray(np.eye(len(x)), x.dtype) * self._own(x, a)
-        return sum(self._products(dot, x, a), own)
+        if len(x) == 1:
+            return own
+        earlier = jnp.asarray(np.tri(len(x), k=-1), x.dtype)
+        products = self._products(dot, x, a)
+        return own + (earlier * products if self.rows is None else products)
 
     def read(self, dot, x, a, d):
         if self.columns is None:
             return dot(self.scores(dot, x, a), d)
         a, d = self._narrow(a, d)
         own = self._own(x, a) * d
-        products = self._products(dot, x, a)
-        if not products:  # a single token
+        if len(x) == 1:
             return own
-        return own + _mixed(dot, self.when, products, d, self.columns)
+        return own + _mixed(dot, self.when, self._products(dot, x, a), d, self.columns)
 
     def end(self, dot, a, d):
         a, d = self._narrow(a, d)
@@ -85,8 +87,27 @@ class ChannelSteps(NamedTuple):
         return dot.columns(a, d)
 
 
-def _pairs(x):
-    return [jnp.asarray(pairs, x.dtype) for pairs, _ in halving(len(x))]
+# XLA:CPU takes one product of several matrices in less time than several products, and
+# one array of factors without putting it together; kernels know no such arrays.
+
+
+def _pairs(size, dtype):
+    """The masks of the pairs of each size of pieces."""
+    return [jnp.asarray(pairs, dtype) for pairs, _ in halving(size)]
+
+
+def _split(products):
+    """The pairs of each size of pieces, the others zero."""
+    pairs = _pairs(len(products), products.dtype)
+    if platform() is None:
+        return jnp.stack(pairs) * products[None]
+    return [each * products for each in pairs]
+
+
+def _joined(products):
+    """The pairs of all sizes, from the products of each."""
+    pairs = _pairs(products[0].shape[0], products[0].dtype)
+    return sum(map(mul, pairs, products))
 
 
 def _kept(when, x, sums):
@@ -96,20 +117,21 @@ def _kept(when, x, sums):
 
 def _weighed(x, sums):
     """x_t with what is kept to the middle of its piece, for each size of pieces."""
+    if platform() is None:
+        return x[None] * sums.factors
     return [x, *(x * factor for factor in sums.factors)]
 
 
 def _added(parts, sums):
     """The sum of the parts of each size, with what is kept to the middle."""
+    if platform() is None:
+        return sum(map(mul, parts, sums.factors))
     first, *others = parts
     return sum(map(mul, others, sums.factors), first)
 
 
 def _each(product, xs, ys):
-    """The products of pairs; XLA:CPU takes one of several matrices in less time."""
-    if platform() is None:
-        return list(product(jnp.stack(xs), jnp.stack(ys)))
-    return list(map(product, xs, ys))
+    return product(xs, ys) if platform() is None else list(map(product, xs, ys))
 
 
 def _cotangent(when, at_reader, at_writer):
@@ -121,20 +143,20 @@ def _cotangent(when, at_reader, at_writer):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _by_size(dot: Dot, when: When, x: jax.Array, a: jax.Array, sums: ChannelSums):
-    """x_t^T D_ts a_s of pairs of each size, D of the key axis: `[C, C]` each."""
+    """x_t^T D_ts a_s of all s < t, D of the key axis: `[C, C]`."""
     return _by_size_forward(dot, when, x, a, sums)[0]
 
 
 def _by_size_forward(dot, when, x, a, sums):
     readers = _weighed(_kept(when, x, sums), sums)
     products = _each(dot.rows, readers, _weighed(a, sums))
-    return tuple(map(mul, _pairs(x), products)), (x, a, sums)
+    return _joined(products), (x, a, sums)
 
 
-def _by_size_backward(dot, when, residuals, cotangents):
+def _by_size_backward(dot, when, residuals, cotangent):
     x, a, sums = residuals
     x = _kept(when, x, sums)
-    d = list(map(mul, _pairs(x), cotangents))
+    d = _split(cotangent)
     dx = _added(_each(dot, d, _weighed(a, sums)), sums)
     da = _added(_each(dot.columns, d, _weighed(x, sums)), sums)
     return _kept(when, dx, sums), da, _cotangent(when, x * dx, a * da)
@@ -145,12 +167,12 @@ _by_size.defvjp(_by_size_forward, _by_size_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _mixed(dot: Dot, when: When, products, d: jax.Array, sums: ChannelSums):
-    """sum_s D_ts products_ts d_s, D of the value axis, products by size: `[C, V]`."""
+    """sum_s D_ts products_ts d_s of all s < t, D of the value axis: `[C, V]`."""
     return _mixed_forward(dot, when, products, d, sums)[0]
 
 
 def _mixed_forward(dot, when, products, d, sums):
-    outputs = _added(_each(dot, products, _weighed(d, sums)), sums)
+    outputs = _added(_each(dot, _split(products), _weighed(d, sums)), sums)
     outputs = _kept(when, outputs, sums)
     return outputs, (products, d, sums, outputs)
 
@@ -159,8 +181,8 @@ def _mixed_backward(dot, when, residuals, cotangent):
     products, d, sums, outputs = residuals
     at_reader = outputs * cotangent
     each = _weighed(_kept(when, cotangent, sums), sums)
-    d_products = tuple(_each(dot.rows, each, _weighed(d, sums)))
-    dd = _added(_each(dot.columns, products, each), sums)
+    d_products = _joined(_each(dot.rows, each, _weighed(d, sums)))
+    dd = _added(_each(dot.columns, _split(products), each), sums)
     return d_products, dd, _cotangent(when, at_reader, d * dd)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from miras_jax.core.product import column, prefix_sum
+from pallas_kernels.fused_scan import platform
 
 
 class TokenSums(NamedTuple):
@@ -32,7 +33,9 @@ class ChannelSums(NamedTuple):
     seen: jax.Array
     later: jax.Array
     total: jax.Array  # [1, channels]
-    factors: tuple[jax.Array, ...]  # kept from t to its piece's middle; not of two
+    # Kept from t to its piece's middle: [C, channels] each, but not of pieces of two;
+    # on CPU [sizes, C, channels].
+    factors: tuple[jax.Array, ...] | jax.Array
 
 
 Sums = TokenSums | ChannelSums
@@ -43,10 +46,14 @@ def sums(keep: jax.Array, precision: jnp.dtype = jnp.float32) -> Sums:
     own = safe_log(keep)
     if own.shape[1] > 1:
         seen, later, total = _running(precision, own)
-        factors = tuple(
-            jnp.exp(prefix_sum(between, own, precision))
-            for _, between in halving(len(own))[1:]
-        )
+        between = [between for _, between in halving(len(own))]
+        if platform() is None and between:
+            kept = jnp.exp(prefix_sum(np.concatenate(between), own, precision))
+            factors = kept.reshape(-1, *own.shape)
+        else:
+            factors = tuple(
+                jnp.exp(prefix_sum(each, own, precision)) for each in between[1:]
+            )
         return ChannelSums(own, seen, later, total, factors)
     upto = jnp.asarray(np.tri(len(own)).T, own.dtype)
     row = jnp.sum(upto * own, axis=0, keepdims=True)
