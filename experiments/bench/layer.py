@@ -20,6 +20,8 @@ fwd+bwd     gradients with respect to all inputs, rates and parameters of a rand
             linear function of the outputs, in one program with the forward pass.
 definition  Yaad token by token. It is slow, and its backward pass stores weights of
             every token: it runs at few tokens and is compared per token.
+products    the matrix products of Yaad's memory with nothing between them: what the
+            compiler reaches in these shapes, and so a bound for all deep memories.
 chunk       of rules with chunk_size 1 the engine's tile: it changes the speed alone.
 layer       of rules without chunks that of their own paper (`miras_jax.nn.recipes`).
 NAME_exact  a rule with the exact readout, where that is another function (but not of
@@ -63,7 +65,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import miras_jax as miras
-from experiments.bench import recurrent, report
+from experiments.bench import products, recurrent, report
 from experiments.bench.timing import compile_program, median_seconds
 from miras_jax import algorithm, memory, variants
 from miras_jax.core.bias import DotProduct
@@ -89,7 +91,7 @@ RULES |= {
 }
 VARIANTS = ("yaad", "moneta", "memora", "titans", "gated_delta_net")
 COUNTED = (algorithm.GradientDescent, algorithm.Momentum, algorithm.Implicit)
-PARTS = ("layer", "memory", "definition", "recurrent")
+PARTS = ("layer", "memory", "definition", "products", "recurrent")
 DEFINITION_TOKENS = 256
 
 
@@ -99,7 +101,7 @@ class Case:
 
     scope: str  # "layer" or "memory"
     variant: str  # a name in RULES, "gru" or "lstm"
-    form: str  # "chunked", "definition" or "recurrent"
+    form: str  # "chunked", "definition", "products" or "recurrent"
     chunk: int | None
     batch: int
     length: int
@@ -158,6 +160,13 @@ def list_cases(
                 few = min(DEFINITION_TOKENS, *lengths)
                 slow = Case(scope, "yaad", "definition", max(chunks), batch, few)
                 cases.append(slow)
+            if scope == "memory" and "yaad" in names and "products" not in without:
+                cases += [
+                    Case(scope, "yaad", "products", chunk, batch, length)
+                    for length in lengths
+                    for chunk in chunks
+                    if length % chunk == 0
+                ]
     return cases
 
 
@@ -192,7 +201,7 @@ def build(case: Case) -> Computation:
     config = case.mixer
     rule = config.rule
     mixer = config.build(case.width, 1.0, nnx.Rngs(0))
-    chunk = case.chunk if case.form == "chunked" else None
+    chunk = None if case.form == "definition" else case.chunk
     is_square = config.key_dim is None and config.value_dim is None
     flops = memory_flops(rule, chunk, case.width // case.heads) if is_square else None
     flops = flops and case.heads * flops
@@ -216,11 +225,16 @@ def build(case: Case) -> Computation:
         if case.form == "chunked":
             return read_memories(rule, params, None, tokens, None)[0]
 
+        def by_products(params, tokens):
+            queries, keys = tokens.queries, tokens.keys
+            return products.read(params.weights, queries, keys, chunk)
+
         def by_definition(params, tokens):
             state = rule.start(params)
             return miras.run(rule, params, state, tokens, implementation="definition")
 
-        over_batch = jax.vmap(jax.vmap(by_definition), (None, 0))
+        by_head = by_products if case.form == "products" else by_definition
+        over_batch = jax.vmap(jax.vmap(by_head), (None, 0))
         return over_batch(params, tokens)[0]
 
     inputs = (mixer.memory_params, read_tokens)

@@ -77,7 +77,8 @@ def summary(rows: Sequence[dict]) -> str:
         if row["form"] != "chunked" or row["length"] != longest:
             continue
         short = _find(rows, row, KIND, length=shortest)
-        family = _find(rows, row, SHAPE + ("chunk",), variant=row["family"])
+        same = (*SHAPE, "chunk", "form")
+        family = _find(rows, row, same, variant=row["family"])
         name = "{scope:<6} {variant:<24} chunk {chunk:>2} batch {batch}".format(**row)
         lines.append(
             f"{name:<48}"

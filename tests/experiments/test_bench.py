@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.bench import layer, report
+from experiments.bench import layer, products, report
 from miras_jax import variants
 from miras_jax.errors import UserError
+from pallas_kernels.fused_scan.program import multiply_adds
 
 
 def sigmoid(x):
@@ -71,6 +72,27 @@ def test_scopes_and_forms_are_of_the_same_memory():
     assert mixer.flops - chunked.flops == 4 * 2 * projections
 
 
+def test_products_are_those_of_the_memory():
+    case = layer.Case("memory", "yaad", "products", 4, 1, 8, width=16, heads=2)
+    computed = layer.build(case)
+    jaxpr = jax.make_jaxpr(computed.function)(computed.inputs)
+    # Of [8, 32] and [32, 8], per token and head: all but the pairs of a chunk, of which
+    # the scores of both matrices and what they weigh are computed whole.
+    pairs = 2 * 4 * (8 + 32)
+    assert multiply_adds(jaxpr.jaxpr) == 8 * 2 * (7 * 256 + pairs)
+    assert computed.flops == 8 * 2 * (7 * 512 + 5 * 80)
+
+    queries, keys = np.random.default_rng(0).normal(size=(2, 4, 3))
+    w, outputs = np.arange(9.0).reshape(3, 3), []
+    for start in (0, 2):
+        q, k = queries[start : start + 2], keys[start : start + 2]
+        steps = products.SMALL * (k.T @ (k @ w - k))
+        w = w - steps
+        outputs.append(q @ w)
+    read = products.read([np.arange(9.0).reshape(3, 3)], queries, keys, 2)
+    np.testing.assert_allclose(read, np.concatenate(outputs), rtol=1e-5, atol=1e-5)
+
+
 def test_useful_flops_count_every_product_once():
     # Shapes [8, 32] and [32, 8]: write 2 x 512, pulled back 2 x 256, update and read
     # 2 x 512 each; 5 causal pairs' worth of (8 + 32) x 2 at chunk 4.
@@ -87,15 +109,15 @@ def test_useful_flops_count_every_product_once():
 def test_cases():
     cases = layer.list_cases([512, 128], [1, 2], [8, 16], ["yaad", "gated_delta_net"])
     # Per scope, batch and length: Yaad at two chunks, Gated DeltaNet at its tile, and
-    # two cells; per batch one definition.
-    assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 5 + 2
+    # two cells; per batch one definition; of Yaad's memory the products, too.
+    assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 5 + 2 + 2 * 2 * 2
     slow = [case for case in cases if case.form == "definition"]
     assert [(c.scope, c.batch, c.length) for c in slow] == [
         ("memory", 1, 128),
         ("memory", 2, 128),
     ]
     few = layer.list_cases(
-        [512], [1], [8], ["yaad"], ["memory", "definition", "recurrent"]
+        [512], [1], [8], ["yaad"], ["memory", "definition", "products", "recurrent"]
     )
     assert [(c.scope, c.variant, c.chunk) for c in few] == [("layer", "yaad", 8)]
 
