@@ -213,11 +213,8 @@ def _generate(arguments, argv: Sequence[str]) -> int:
     from miras_jax.generate import generate
 
     _prepare()
-    trained = of_path(arguments.source)
     pieces = generate(
-        trained.model,
-        trained.parameters,
-        trained.tokenizer,
+        of_path(arguments.source),
         arguments.prompt,
         length=arguments.length,
         temperature=arguments.temperature,
@@ -252,13 +249,7 @@ def _inspect(arguments, argv: Sequence[str]) -> int:
     text = inspect.text_of(arguments.text)
     origin = Path(arguments.source)
     trained = of_path(origin)
-    reading = inspect.read(
-        trained.model,
-        trained.parameters,
-        trained.tokenizer,
-        text,
-        arguments.length,
-    )
+    reading = inspect.read(trained, text, arguments.length)
     name = Path(arguments.text).name
     tokens = f"{len(reading.pieces):,}"
     part = f"the first {tokens} tokens" if reading.left else f"all {tokens} tokens"

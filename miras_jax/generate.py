@@ -14,17 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from miras_jax.errors import UserError
-from miras_jax.nn.functional import FunctionalModel, Parameters
-from miras_jax.training.tokenizer import StreamDecoder, Tokenizer
+from miras_jax.export import Trained
+from miras_jax.training.tokenizer import StreamDecoder
 
 PIECE = 64
 """Tokens of the prompt that are read at once."""
 
 
 def generate(
-    model: FunctionalModel,
-    parameters: Parameters,
-    tokenizer: Tokenizer,
+    trained: Trained,
     prompt: str,
     *,
     length: int,
@@ -52,15 +50,17 @@ def generate(
         )
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; give a number from 0 to {2**32 - 1}")
+    tokenizer = trained.tokenizer
     try:
         ids = np.append(np.int32(tokenizer.end_of_text), tokenizer.encode(prompt))
     except UnicodeEncodeError as error:
         raise UserError("the prompt is not valid text; give it in UTF-8") from error
     draw = (jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
-    return _stream(model, parameters, tokenizer, ids, length, draw)
+    return _stream(trained, ids, length, draw)
 
 
-def _stream(model, parameters, tokenizer, ids, length, draw) -> Iterator[str]:
+def _stream(trained, ids, length, draw) -> Iterator[str]:
+    model, parameters, tokenizer, _ = trained
     # Only full attention has a cache of this size: rounded, to be compiled less often.
     size = -(-(len(ids) + length) // PIECE) * PIECE
     cache = _start(model, parameters, size)

@@ -10,6 +10,7 @@ import pytest
 
 from miras_jax.core import variants
 from miras_jax.errors import UserError
+from miras_jax.export import Trained
 from miras_jax.generate import PIECE, generate, nucleus, sample
 from miras_jax.nn.attention import Attention
 from miras_jax.nn.functional import FunctionalModel
@@ -63,13 +64,17 @@ class Script:
         return jnp.broadcast_to(logits, (1, tokens.shape[1], logits.size)), cache
 
 
+def scripted(ids):
+    return Trained(Script(ids), {}, ByteTokenizer(), step=0)
+
+
 @functools.cache
 def tiny(kind, mixer):
     config = Model(
         width=32, depth=1, mixers=MIXERS[mixer], hidden=64, embedding="untied"
     )
     model = kind(config, Letters.vocab_size)
-    return model, model.init(jax.random.key(3))
+    return Trained(model, model.init(jax.random.key(3)), Letters(), step=0)
 
 
 def prompt_of(size):
@@ -77,17 +82,15 @@ def prompt_of(size):
     return "".join(chr(i + ord("0")) for i in ids)
 
 
-def agreement(model, parameters, prompt):
+def agreement(trained, prompt):
     """Of greedy tokens with the likeliest ones of one pass over the whole text."""
-    pieces = generate(
-        model, parameters, Letters(), prompt, length=LENGTH, temperature=0.0
-    )
+    pieces = generate(trained, prompt, length=LENGTH, temperature=0.0)
     written = list(Letters().encode("".join(pieces)))
     if len(written) < LENGTH:
         written.append(Letters.end_of_text)
     assert len(written) >= LENGTH // 2
     read = [Letters.end_of_text, *Letters().encode(prompt), *written[:-1]]
-    logits, _ = jax.jit(model.apply)(parameters, jnp.array([read]))
+    logits, _ = jax.jit(trained.model.apply)(trained.parameters, jnp.array([read]))
     likeliest = np.argmax(logits[0, -len(written) :], axis=-1)
     return np.mean(np.asarray(likeliest) == np.array(written))
 
@@ -95,34 +98,32 @@ def agreement(model, parameters, prompt):
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("size", [0, 2 * PIECE + 6])
 def test_greedy_text_is_the_argmax_of_the_full_forward_pass(mixer, size):
-    assert agreement(*tiny(FunctionalModel, mixer), prompt_of(size)) == 1
+    assert agreement(tiny(FunctionalModel, mixer), prompt_of(size)) == 1
 
 
 def test_the_agreement_notices_a_cache_that_is_off_by_a_token():
-    assert agreement(*tiny(Shifted, "miras"), prompt_of(2)) < 1
+    assert agreement(tiny(Shifted, "miras"), prompt_of(2)) < 1
 
 
 def test_the_seed_decides_the_text():
-    model, parameters = tiny(FunctionalModel, "window")
+    trained = tiny(FunctionalModel, "window")
 
     def text(seed):
-        pieces = generate(
-            model, parameters, Letters(), "ABC", length=LENGTH, seed=seed, top_p=1.0
-        )
+        pieces = generate(trained, "ABC", length=LENGTH, seed=seed, top_p=1.0)
         return "".join(pieces)
 
     assert text(1) == text(1) != text(2)
 
 
 def test_every_token_is_drawn_anew():
-    flat = Script([ByteTokenizer.vocab_size])  # an id that no token has
-    text = "".join(generate(flat, {}, ByteTokenizer(), "", length=40, top_p=1.0))
+    flat = scripted([ByteTokenizer.vocab_size])  # an id that no token has
+    text = "".join(generate(flat, "", length=40, top_p=1.0))
     assert len(set(text)) > 10
 
 
 def written(text, **options):
     ids = [*text, ByteTokenizer.end_of_text, 65]
-    return list(generate(Script(ids), {}, ByteTokenizer(), "", **options))
+    return list(generate(scripted(ids), "", **options))
 
 
 def test_characters_come_whole_and_end_of_text_ends_the_text():
@@ -191,9 +192,9 @@ def test_no_temperature_takes_the_likeliest_token(temperature, key):
 def test_settings_out_of_range_are_refused_before_any_text(options):
     (name,) = options
     with pytest.raises(UserError, match=f"^{name} is .*; g"):
-        generate(Script([65]), {}, ByteTokenizer(), "a", **{"length": 1, **options})
+        generate(scripted([65]), "a", **{"length": 1, **options})
 
 
 def test_a_prompt_that_is_no_text_is_refused():
     with pytest.raises(UserError, match="^the prompt is not valid text"):
-        generate(Script([65]), {}, ByteTokenizer(), "a\udcff", length=1)
+        generate(scripted([65]), "a\udcff", length=1)

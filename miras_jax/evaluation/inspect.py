@@ -18,6 +18,7 @@ from miras_jax.core.info import Info, observe
 from miras_jax.core.rule import Rule
 from miras_jax.core.types import Params, Tokens
 from miras_jax.errors import UserError
+from miras_jax.export import Trained
 from miras_jax.nn.functional import FunctionalModel, Parameters
 from miras_jax.nn.miras import MirasLayer
 from miras_jax.nn.titans import MACLayer
@@ -54,16 +55,11 @@ def text_of(path: str | Path) -> str:
     return text
 
 
-def read(
-    model: FunctionalModel,
-    parameters: Parameters,
-    tokenizer: Tokenizer,
-    text: str,
-    limit: int,
-) -> Reading:
+def read(trained: Trained, text: str, limit: int) -> Reading:
     """Let the model read at most `limit` tokens of `text`, as one document."""
     if limit < 1:
         raise UserError(f"limit is {limit}; read at least 1 token")
+    model, parameters, tokenizer, _ = trained
     ids = tokenizer.encode(text)
     left, ids = max(0, len(ids) - limit), ids[:limit]
     # As in training, a document follows an end of text, which is read but not shown.

@@ -57,14 +57,7 @@ def summary(run: Run, restored: Restored, program: str = "miras") -> str:
     plot_positions(run, totals)
     _plot_losses(run, quality, references)
     prompt = opening_words(run.prepared)
-    trained = of_run(run, restored)
-    pieces = generate(
-        trained.model,
-        trained.parameters,
-        trained.tokenizer,
-        prompt,
-        length=SAMPLE_TOKENS,
-    )
+    pieces = generate(of_run(run, restored), prompt, length=SAMPLE_TOKENS)
     sample = prompt + "".join(pieces)
     return "\n".join(
         [

@@ -15,6 +15,7 @@ from miras_jax.errors import UserError
 from miras_jax.evaluation import inspect
 from miras_jax.evaluation.inspect_page import LENSES, page, start_row
 from miras_jax.evaluation.inspect_plots import plot_curves, plot_text
+from miras_jax.export import Trained
 from miras_jax.nn.attention import Attention
 from miras_jax.nn.documents import locate
 from miras_jax.nn.functional import FunctionalModel
@@ -33,7 +34,8 @@ READ = TEXT[: TEXT.rindex("ï")] + "\N{REPLACEMENT CHARACTER}"
 def model(mixers, depth):
     config = Model(width=16, depth=depth, mixers=mixers, hidden=16)
     functional = FunctionalModel(config, TOKENIZER.vocab_size)
-    return functional, functional.init(jax.random.key(0))
+    parameters = functional.init(jax.random.key(0))
+    return Trained(functional, parameters, TOKENIZER, step=0)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +47,11 @@ def hybrid():
 
 @pytest.fixture(scope="module")
 def reading(hybrid):
-    return inspect.read(*hybrid, TOKENIZER, TEXT, LIMIT)
+    return inspect.read(hybrid, TEXT, LIMIT)
 
 
 def test_every_memory_is_observed_in_the_stream_that_reaches_it(hybrid, reading):
-    functional, parameters = hybrid
+    functional, parameters, *_ = hybrid
     assert [memory.layer for memory in reading.memories] == [2, 4]
     document = np.append(256, TOKENIZER.encode(TEXT)[:LIMIT])[None]
 
@@ -154,16 +156,16 @@ def test_pictures_are_drawn(reading, tmp_path):
 
 
 def test_a_model_without_memory_is_refused():
-    functional, parameters = model((Attention(2),), 1)
+    trained = model((Attention(2),), 1)
     with pytest.raises(UserError, match=r"no memory to look into: .* Attention\("):
-        inspect.read(functional, parameters, TOKENIZER, TEXT, 10)
+        inspect.read(trained, TEXT, 10)
 
 
 def test_a_memory_inside_segments_is_refused():
     memory = Miras(variants.delta_net(), num_heads=2)
-    functional, parameters = model((MAC(memory, 8, num_heads=2),), 1)
+    trained = model((MAC(memory, 8, num_heads=2),), 1)
     with pytest.raises(UserError, match="inside MAC"):
-        inspect.read(functional, parameters, TOKENIZER, TEXT, 10)
+        inspect.read(trained, TEXT, 10)
 
 
 def test_a_file_must_hold_text(tmp_path):
