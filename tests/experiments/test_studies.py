@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.studies import decisions, models, small, stability
+from experiments.studies import decisions, models, recall, small, stability
 from experiments.studies.rows import Rows, report
 from miras_jax import variants
 from miras_jax.nn.functional import FunctionalModel
+from miras_jax.training.data import prepare
 from miras_jax.training.train import Diverged, Result
 
 
@@ -113,3 +114,33 @@ def test_a_cell_names_what_is_not_finite():
     assert found["output"] > 100 and jax.tree.all(
         jax.tree.map(np.isfinite, list(found.values()))
     )
+
+
+@pytest.mark.parametrize("pairs", recall.PAIRS)
+def test_an_episode_gives_every_pair_before_it_asks_for_any(pairs):
+    text = recall.episode(np.random.default_rng(0), pairs)
+    assert len(text) == recall.LENGTH
+    given = [text[i : i + 2] for i in range(0, len(text), 2)]
+    assert len({key for key, _ in given[:pairs]}) == pairs
+    assert set(given[pairs:]) <= set(given[:pairs])
+
+
+def test_a_line_of_recall_tells_what_diverged():
+    row = {"parameters": 120_000, "gradient norm": 1e7, "8": 0.5, "16": 1.25}
+    assert list(recall.line("yaad", row).values())[1:] == [
+        "0.12 M", "0.50", "1.25", "diverged", "1e+07"
+    ]  # fmt: skip
+
+
+def test_a_window_predicts_one_whole_episode(tmp_path, monkeypatch):
+    monkeypatch.setattr(recall, "BATCH", 4)
+    monkeypatch.setattr(recall, "HELDOUT", 3)
+    text = recall.data(tmp_path, steps=2, pairs=8)
+    prepared = prepare(text, tmp_path / "data")
+    windows = prepared.windows("heldout")
+    assert (len(windows), len(prepared.windows("train"))) == (3, 8)
+    episodes = (tmp_path / "heldout-8.txt").read_text()
+    for i in range(3):
+        predicted = bytes(prepared.tokenizer.token_bytes(t)[0] for t in windows[i][1:])
+        start = i * recall.LENGTH
+        assert predicted.decode() == episodes[start : start + recall.LENGTH]
