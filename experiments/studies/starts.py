@@ -47,6 +47,10 @@ ROWS: dict[str, tuple[str, Miras]] = {
         "learn 0.04 to 0.16 instead of 0.01 to 0.04",
         yaad(learn=LowRank("sigmoid", (0.04, 0.16), 0.32)),
     ),
+    "roomy": (
+        "learn may grow to 1 instead of 0.08, from the same start",
+        yaad(learn=LowRank("sigmoid", (0.01, 0.04))),
+    ),
     "unbounded": (
         "learn by softplus instead of a bounded sigmoid",
         yaad(learn=LowRank("softplus", (0.01, 0.04))),
