@@ -16,11 +16,10 @@ import dataclasses
 import inspect
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from experiments.compare import command
-from experiments.studies.rows import Rows, report
+from experiments.studies.rows import tabulate
 from experiments.studies.small import CHUNK, HEADS, WIDTH, experiment, trained
 from miras_jax.nn import recipes
 from miras_jax.nn.functional import FunctionalModel
@@ -94,22 +93,7 @@ def line(name: str, row: dict) -> dict:
 def main() -> None:
     parser = command(__doc__, NAMES, folder="runs/models", results=RESULTS)
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N")
-    arguments = parser.parse_args()
-    kept = Rows(arguments.folder / "rows.jsonl")
-    lines = []
-    for name in arguments.names or NAMES:
-        print(f"\n{name}", flush=True)
-        label = f"{name}-{arguments.steps}"
-        row = kept.measure(
-            label,
-            repr(mixers(name)),
-            lambda name=name, label=label: measure(
-                name, arguments.steps, arguments.folder / label
-            ),
-        )
-        lines.append(line(name, row))
-        jax.clear_caches()
-    report(lines, arguments)
+    tabulate(parser.parse_args(), NAMES, lambda name: repr(mixers(name)), measure, line)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
+
+import jax
 
 from experiments.compare import table
 
@@ -42,3 +45,28 @@ def report(lines: list[dict], arguments: argparse.Namespace) -> None:
     if not arguments.names:
         arguments.results.mkdir(parents=True, exist_ok=True)
         (arguments.results / "table.md").write_text(table(lines) + "\n")
+
+
+def tabulate(
+    arguments: argparse.Namespace,
+    known: Collection[str],
+    of: Callable[[str], str],
+    measure: Callable[[str, int, Path], dict],
+    line: Callable[[str, dict], dict],
+) -> None:
+    """Measure the rows that are asked for, or all known ones, and report them.
+
+    of: describes what is measured of a name; measure: makes it of a name, a number of
+    steps and a folder; line: what the table says of it.
+    """
+    kept = Rows(arguments.folder / "rows.jsonl")
+    lines = []
+    for name in arguments.names or known:
+        print(f"\n{name}", flush=True)
+        label = f"{name}-{arguments.steps}"
+        workdir = arguments.folder / label
+        measured = partial(measure, name, arguments.steps, workdir)
+        lines.append(line(name, kept.measure(label, of(name), measured)))
+        # One process compiles every model: let go of what the last one left.
+        jax.clear_caches()
+    report(lines, arguments)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.studies import decisions, models, recall, small, stability
-from experiments.studies.rows import Rows, report
+from experiments.studies.rows import Rows, report, tabulate
 from miras_jax import variants
 from miras_jax.nn.functional import FunctionalModel
 from miras_jax.training.data import prepare
@@ -61,6 +61,23 @@ def test_a_table_of_all_rows_is_kept(tmp_path):
     assert not kept.exists()
     report(lines, Namespace(names=[], results=kept.parent))
     assert kept.read_text().splitlines()[-1] == r"| a | 1\|2 |"
+
+
+def test_rows_are_measured_by_name_and_steps_and_reported_in_order(tmp_path, capsys):
+    measured = []
+
+    def measure(name, steps, workdir):
+        measured.append((name, steps, workdir.name))
+        return {"steps": steps}
+
+    def line(name, row):
+        return {"row": name, "steps": str(row["steps"])}
+
+    for names, steps in (["b"], 3), (["a", "b"], 3), (["b"], 4):
+        given = Namespace(names=names, steps=steps, folder=tmp_path)
+        tabulate(given, ("a", "b"), str.upper, measure, line)
+    assert measured == [("b", 3, "b-3"), ("a", 3, "a-3"), ("b", 4, "b-4")]
+    assert "| a | 3 |\n| b | 3 |\n" in capsys.readouterr().out
 
 
 def test_a_line_of_decisions_tells_mean_range_and_what_diverged():
