@@ -21,7 +21,7 @@ fwd+bwd     gradients with respect to all inputs, rates and parameters of a rand
 definition  Yaad token by token. It is slow, and its backward pass stores weights of
             every token: it runs at few tokens and is compared per token.
 products    the matrix products of Yaad's memory with nothing between them: what the
-            compiler reaches in these shapes, and so a bound for all deep memories.
+            compiler reaches in these shapes, a mark for all memories of them.
 chunk       of rules with chunk_size 1 the engine's tile: it changes the speed alone.
 layer       of rules without chunks that of their own paper (`miras_jax.nn.recipes`).
 NAME_exact  a rule with the exact readout, where that is another function (but not of

@@ -1,7 +1,7 @@
 """The matrix products of a deep memory with nothing between them.
 
 No decay, activation, norm, bias or rate: what the compiler makes of the products alone,
-in the shapes that a chunk gives them, bounds what any rule with such a memory reaches.
+in the shapes that a chunk gives them, is the mark for any rule with such a memory.
 """
 
 from collections.abc import Sequence
