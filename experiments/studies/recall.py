@@ -14,11 +14,11 @@ the episodes are text like any other.
 Language models of width 64 and depth 2, two heads of 32 channels, trained on 8 to 32
 pairs at a time for 1,000 steps of 32 episodes. The table gives nats per value that had
 been given before, on 256 new episodes of each number of pairs. One to five minutes a
-row alone on two cores, chunks of 4 longer. Every measurement is kept in
+row alone on two cores. Every measurement is kept in
 runs/recall/rows.jsonl; runs go on where they stopped.
 
-"bold" rows start from steps of 0.1 to 0.5, which may grow to 1; by default chunks of 16
-tokens start from 0.01 to 0.04, which may grow to 0.08.
+Deep memories start from `default_rates`, but "yaad_timid": shorter steps, more of them
+forgotten, and smaller thresholds.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ from miras_jax.evaluation import perplexity
 from miras_jax.nn.attention import Attention
 from miras_jax.nn.miras import Miras, default_rates
 from miras_jax.nn.model import Mixer, Model
-from miras_jax.nn.rates import Fixed, Rate
+from miras_jax.nn.rates import Fixed, LowRank, Rate
 from miras_jax.training.config import Experiment, Optimizer
 from miras_jax.training.data import TextFiles
 from miras_jax.training.metrics import read_table
 from miras_jax.training.run import Run
 from miras_jax.training.tokenizer import Bytes
 
-LENGTH, BATCH, STEPS, HEADS = 128, 32, 1000, 2
+LENGTH, BATCH, STEPS, HEADS, CHUNK = 128, 32, 1000, 2, 16
 KEYS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 VALUES = "0123456789+-*/=%"
 PAIRS = (8, 16, 32)
@@ -49,28 +49,26 @@ HELDOUT = 256
 RESULTS = Path(__file__).parents[1] / "results" / "recall"
 
 
-def miras(variant, chunk_size: int = 16, learn: Rate | None = None) -> Miras:
+def miras(variant, **rates: Rate) -> Miras:
     rule = variant()
-    rule = dataclasses.replace(rule, chunk_size=min(rule.chunk_size, chunk_size))
-    if learn is None:
-        return Miras(rule, HEADS)
-    choices = dataclasses.replace(default_rates(rule), learn=learn)
+    rule = dataclasses.replace(rule, chunk_size=min(rule.chunk_size, CHUNK))
+    choices = dataclasses.replace(default_rates(rule), **rates)
     return Miras(rule, HEADS, rates=choices)
 
 
-def bold(variant, chunk_size: int = 16) -> Miras:
-    """Steps of 0.1 to 0.5 from the start, which may grow to 1."""
-    default = default_rates(miras(variant).rule).learn
-    learn = dataclasses.replace(default, initial=(0.1, 0.5), limit=1.0)
-    return miras(variant, chunk_size, learn)
-
-
+TIMID = {
+    "learn": LowRank("sigmoid", (0.01, 0.04), 0.08),
+    "keep": LowRank("keep", (0.0001, 0.01)),
+    "threshold": LowRank("sigmoid", (0.05, 0.2)),
+}
 MIXERS: dict[str, Mixer] = {
     "yaad_static": miras(variants.yaad, learn=Fixed((1e-9, 1e-9))),
+    "yaad_timid": miras(variants.yaad, **TIMID),
     "yaad": miras(variants.yaad),
-    "yaad_bold": bold(variants.yaad),
-    "ttt_mlp_bold": bold(variants.ttt_mlp),
-    "ttt_mlp_bold_chunk_4": bold(variants.ttt_mlp, 4),
+    "moneta": miras(variants.moneta),
+    "memora": miras(variants.memora),
+    "titans": miras(variants.titans),
+    "ttt_mlp": miras(variants.ttt_mlp),
     "linear_attention": miras(variants.linear_attention),
     "delta_net": miras(variants.delta_net),
     "gated_delta_net": miras(variants.gated_delta_net),

@@ -4,10 +4,9 @@
     python -m experiments.studies.starts forgetful fast   # some of them
 
 The quickstart for 150 steps, with one thing changed per row. Prints the held-out loss
-and the largest gradient norm after step 50: where inner steps are too long for a chunk,
-or forgetting has made the weights small, it explodes long before the loss says so. Two
-to three minutes a row on two cores; runs go to runs/starts/NAME and continue where they
-stopped.
+and the largest gradient norm after step 50: where forgetting keeps the weights so short
+that a chunk's steps overshoot, it explodes long before the loss says so. Two to three
+minutes a row on two cores; runs go to runs/starts/NAME and continue where they stopped.
 """
 
 import dataclasses
@@ -40,20 +39,26 @@ ROWS: dict[str, tuple[str, Miras]] = {
         yaad(learn=Fixed((1e-9, 1e-9))),
     ),
     "forgetful": (
-        "forgets 0.001 to 0.1 per token instead of 0.0001 to 0.01",
-        yaad(keep=LowRank("keep", (0.001, 0.1))),
+        "forgets 0.0001 to 0.01 per token instead of 0.00001 to 0.001",
+        yaad(keep=LowRank("keep", (0.0001, 0.01))),
     ),
     "fast": (
-        "learn 0.04 to 0.16 instead of 0.01 to 0.04",
-        yaad(learn=LowRank("sigmoid", (0.04, 0.16), 0.32)),
+        "learn 0.16 to 0.64 instead of 0.04 to 0.16, at most 2.6",
+        yaad(learn=LowRank("sigmoid", (0.16, 0.64), 2.6)),
     ),
-    "roomy": (
-        "learn may grow to 1 instead of 0.08, from the same start",
-        yaad(learn=LowRank("sigmoid", (0.01, 0.04))),
+    "fast_forgetful": (
+        "both",
+        yaad(
+            learn=LowRank("sigmoid", (0.16, 0.64), 2.6),
+            keep=LowRank("keep", (0.0001, 0.01)),
+        ),
     ),
-    "unbounded": (
-        "learn by softplus instead of a bounded sigmoid",
-        yaad(learn=LowRank("softplus", (0.01, 0.04))),
+    "timid": (
+        "learn 0.01 to 0.04, at most 0.08; thresholds 0.05 to 0.2",
+        yaad(
+            learn=LowRank("sigmoid", (0.01, 0.04), 0.08),
+            threshold=LowRank("sigmoid", (0.05, 0.2)),
+        ),
     ),
     "chunk_64": ("chunks of 64 tokens", yaad(chunk_size=64)),
     "no_rope": ("no RoPE", yaad(rotary=0.0)),

@@ -4,7 +4,11 @@ from dataclasses import dataclass
 
 from miras_jax.core.rule import Rule
 from miras_jax.core.types import Choice
+from miras_jax.nn.gain import gain
 from miras_jax.nn.rates import LowRank, PerHead, Rate
+
+THRESHOLD = (0.2, 0.6)
+SHORTEST, LONGEST = 0.1, 10.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,21 +30,30 @@ def default_rates(rule: Rule) -> RateChoices:
     0.999.
 
     Of a deep memory, whose gradients are taken at the start of a chunk of C tokens:
-    learn limit / 8 to limit / 2, limit 0.32 / sqrt(C); a quarter of that with momentum,
-    which adds the steps up, and of that a part where a window takes every gradient
-    several times (but not of Muon's learn="outside", the size of a step whatever its
-    gradients). keep 0.99 to 0.9999; momentum 0.5 to 0.9; threshold 0.05 to
-    0.2. Behind a LayerNorm only the direction of the weights counts, so that what
-    forgetting takes from their norm it adds to the effective step; and a chunk's steps,
-    all taken at the same weights, overshoot together. Larger steps or more forgetting
-    made the outer gradient explode within a hundred steps of training.
+    learn 0.4 u to 1.6 u, at most 6.4 u, u = unit / sqrt(C), where a write of learn =
+    unit takes the whole error of its token, to first order and at the initial weights
+    (`miras_jax.nn.gain`; within 0.1 and 10, and 0.1 where learn is the size of a step
+    whatever its gradients, as Muon's learn="outside" has it). At chunks of 16 that is a
+    tenth to two fifths of an error. A quarter of it with momentum, which adds the steps
+    up, and of that a part where a window takes every gradient several times. momentum
+    0.5 to 0.9.
 
-    Beyond its threshold delta, Huber's form "switch" has slope 10 delta at small
-    residuals; with thresholds near 0.1 its two branches join smoothly.
+    keep 0.999 to 0.99999. Behind a LayerNorm only the direction of the weights counts:
+    steps make them longer, and so turn them less, and forgetting makes them shorter.
+    Where the two balance, a token turns them by about sqrt(2 (1 - keep)), however small
+    learn is. Where a hundredth was forgotten per token, a chunk's steps, all taken at
+    the same weights, overshot together and the outer gradient grew with the distance.
+
+    threshold 0.2 to 0.6. Where the norm of an error is beyond it, Huber's form "switch"
+    goes on with signs of that size. An untrained memory's errors have a norm of 1.7, so
+    about 0.2 in each of 64 channels: such signs make steps as long as the squared error
+    does.
 
     Channel-wise of rank 32 for deep memories, where the rule allows it; else, and for
     momentum rules and plain matrices, one per token and head.
     """
+    if rule.keeps_tokens:
+        return RateChoices()
     if rule.memory.is_linear:
         learn = PerHead("sigmoid", (0.5, 0.5))
         keep = PerHead("keep", (0.001, 0.1))
@@ -48,17 +61,25 @@ def default_rates(rule: Rule) -> RateChoices:
         with_momentum = "momentum" in rule.rates
         channelwise = rule.retention.channelwise and not with_momentum
         make = LowRank if channelwise else PerHead
-        limit = (0.08 if with_momentum else 0.32) * rule.chunk_size**-0.5
-        if not rule.algorithm.strides:
-            limit /= rule.algorithm.window
-        learn = make("sigmoid", (limit / 8, limit / 2), limit)
-        keep = make("keep", (0.0001, 0.01))
+        unit = _step(rule) * (0.25 if with_momentum else 1)
+        learn = make("sigmoid", (0.4 * unit, 1.6 * unit), 6.4 * unit)
+        keep = make("keep", (0.00001, 0.001))
     choices = {
         "learn": learn,
         "keep": keep,
         "momentum": PerHead("sigmoid", (0.5, 0.9)),
-        "threshold": LowRank("sigmoid", (0.05, 0.2)),
+        "threshold": LowRank("sigmoid", THRESHOLD),
         "keep_value": keep,
         "erase": PerHead("sigmoid", (0.5, 0.5)),
     }
     return RateChoices(**{name: choices[name] for name in rule.rates})
+
+
+def _step(rule: Rule) -> float:
+    """The u of a deep memory in `default_rates`."""
+    unit = SHORTEST
+    if not rule.algorithm.strides:
+        taken = gain(rule, sum(THRESHOLD) / 2)
+        unit = min(max(unit, 1 / taken), LONGEST) if taken > 0 else unit
+        unit /= rule.algorithm.window
+    return unit / rule.chunk_size**0.5

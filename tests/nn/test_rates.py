@@ -10,6 +10,7 @@ from flax import nnx
 
 from miras_jax import Rates, variants
 from miras_jax.errors import UserError
+from miras_jax.nn.gain import gain
 from miras_jax.nn.miras import Miras, RateChoices, default_rates
 from miras_jax.nn.rates import Fixed, LowRank, PerHead
 from tests.core import error
@@ -109,7 +110,7 @@ def test_fixed_rates_are_constants_without_parameters():
 WITH_MOMENTUM = {"titans", "lact", "atlas", "atlas_gated"}
 CHANNELWISE = {"moneta", "yaad", "ttt_mlp", "ttt_linear", "omega_net"}
 DEEP = {"memora"} | WITH_MOMENTUM | CHANNELWISE
-STARTS = {"momentum": (0.5, 0.9), "threshold": (0.05, 0.2), "erase": (0.5, 0.5)}
+STARTS = {"momentum": (0.5, 0.9), "threshold": (0.2, 0.6), "erase": (0.5, 0.5)}
 
 
 @pytest.mark.parametrize("variant", variants.ALL)
@@ -118,11 +119,13 @@ def test_default_rates_start_where_their_docstring_says(variant):
     heads, channels, x = 4, 8, normal(4, 64, WIDTH)
     x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
     choices = default_rates(rule)
-    limit = (0.08 if name in WITH_MOMENTUM else 0.32) / np.sqrt(rule.chunk_size)
-    limit /= 16 if name == "omega_net" else 1
     deep = name in DEEP
-    learn = (limit / 8, limit / 2) if deep else (0.5, 0.5)
-    keep = (0.99, 0.9999) if deep else (0.9, 0.999)
+    whole = 1 / gain(rule, 0.4) if deep and not rule.algorithm.strides else 0.1
+    unit = np.clip(whole, 0.1, 10) / np.sqrt(rule.chunk_size)
+    unit /= 4 if name in WITH_MOMENTUM else 1
+    unit /= 16 if name == "omega_net" else 1
+    learn = (0.4 * unit, 1.6 * unit) if deep else (0.5, 0.5)
+    keep = (0.999, 0.99999) if deep else (0.9, 0.999)
     starts = {"learn": learn, "keep": keep, "keep_value": keep, **STARTS}
     for field in Rates._fields:
         choice = getattr(choices, field)
