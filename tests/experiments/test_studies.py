@@ -1,12 +1,13 @@
 """Studies: rows that are measured once, and experiments that can be built."""
 
 from argparse import Namespace
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from experiments.studies import decisions, models, recall, small, stability
+from experiments.studies import decisions, influence, models, recall, small, stability
 from experiments.studies.rows import Rows, report, tabulate
 from miras_jax import variants
 from miras_jax.nn.functional import FunctionalModel
@@ -161,3 +162,13 @@ def test_a_window_predicts_one_whole_episode(tmp_path, monkeypatch):
         predicted = bytes(prepared.tokenizer.token_bytes(t)[0] for t in windows[i][1:])
         start = i * recall.LENGTH
         assert predicted.decode() == episodes[start : start + recall.LENGTH]
+
+
+def test_what_a_memory_forgets_makes_it_chaotic():
+    rule = replace(variants.yaad(), chunk_size=16)
+    much, little, none = (
+        max(influence.influence(rule, forgotten, length=256, sequences=4))
+        for forgotten in (0.01, 0.001, 0.0)
+    )
+    assert much > 3 * none
+    assert little < 1.5 * none
