@@ -20,57 +20,64 @@ from experiments.quickstart import experiment as quickstart
 from experiments.studies.small import trained
 from miras_jax import variants
 from miras_jax.nn.miras import Miras, default_rates
-from miras_jax.nn.rates import Fixed, LowRank
+from miras_jax.nn.rates import Fixed, LowRank, PerHead
 from miras_jax.training.metrics import read_table
 
 STEPS, AFTER = 150, 50
 
 
-def yaad(chunk_size: int = 16, rotary: float = 0.25, **rates) -> Miras:
-    rule = dataclasses.replace(variants.yaad(), chunk_size=chunk_size)
+def mixer(
+    chunk_size: int = 16, rotary: float = 0.25, variant=variants.yaad, **rates
+) -> Miras:
+    rule = dataclasses.replace(variant(), chunk_size=chunk_size)
     choices = dataclasses.replace(default_rates(rule), **rates)
     return Miras(rule, num_heads=3, rates=choices, rotary=rotary)
 
 
 ROWS: dict[str, tuple[str, Miras]] = {
-    "quickstart": ("as it is", yaad()),
+    "quickstart": ("as it is", mixer()),
     "static": (
         "learn 0: the memory stays what it was",
-        yaad(learn=Fixed((1e-9, 1e-9))),
+        mixer(learn=Fixed((1e-9, 1e-9))),
     ),
     "forgetful": (
         "forgets 0.0001 to 0.01 per token instead of 0.00001 to 0.001",
-        yaad(keep=LowRank("keep", (0.0001, 0.01))),
+        mixer(keep=LowRank("keep", (0.0001, 0.01))),
     ),
     "fast": (
-        "learn 0.16 to 0.64 instead of 0.04 to 0.16, at most 2.6",
-        yaad(learn=LowRank("sigmoid", (0.16, 0.64), 2.6)),
+        "learn 0.16 to 0.64 and at most 2.6; by default 0.036 to 0.14 and 0.57",
+        mixer(learn=LowRank("sigmoid", (0.16, 0.64), 2.6)),
     ),
     "fast_forgetful": (
         "both",
-        yaad(
+        mixer(
             learn=LowRank("sigmoid", (0.16, 0.64), 2.6),
             keep=LowRank("keep", (0.0001, 0.01)),
         ),
     ),
     "timid": (
         "learn 0.01 to 0.04, at most 0.08; thresholds 0.05 to 0.2",
-        yaad(
+        mixer(
             learn=LowRank("sigmoid", (0.01, 0.04), 0.08),
             threshold=LowRank("sigmoid", (0.05, 0.2)),
         ),
     ),
-    "chunk_64": ("chunks of 64 tokens", yaad(chunk_size=64)),
-    "no_rope": ("no RoPE", yaad(rotary=0.0)),
-    "full_rope": ("RoPE on all channels", yaad(rotary=1.0)),
+    "memora": ("Memora", mixer(variant=variants.memora)),
+    "memora_forgetful": (
+        "Memora that forgets 0.0001 to 0.01 per token",
+        mixer(variant=variants.memora, keep=PerHead("keep", (0.0001, 0.01))),
+    ),
+    "chunk_64": ("chunks of 64 tokens", mixer(chunk_size=64)),
+    "no_rope": ("no RoPE", mixer(rotary=0.0)),
+    "full_rope": ("RoPE on all channels", mixer(rotary=1.0)),
 }
 
 
 def run_one(name: str, folder: Path) -> dict:
     """Train one row: what the table says of it."""
-    about, mixer = ROWS[name]
+    about, changed = ROWS[name]
     base = quickstart()
-    model = dataclasses.replace(base.model, mixers=(mixer,))
+    model = dataclasses.replace(base.model, mixers=(changed,))
     experiment = dataclasses.replace(
         base,
         model=model,
