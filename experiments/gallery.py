@@ -97,7 +97,7 @@ def effective_attention(rule: miras.Rule) -> np.ndarray:
     tokens = stream(rule, keys, keys, unit(rng, TOKENS))
 
     @jax.jit
-    @jax.jacfwd
+    @jax.jacrev
     def jacobian(values):
         read = tokens._replace(values=values)
         return miras.run(rule, params, rule.start(params), read)[0]

@@ -49,3 +49,9 @@ def test_recall_of_an_orthogonal_stream_is_perfect(monkeypatch):
     monkeypatch.setattr(gallery, "STREAMS", 1)
     monkeypatch.setattr(gallery, "unit", lambda rng, n: np.eye(n))
     np.testing.assert_allclose(gallery.recall(variants.delta_net()), 1, atol=1e-5)
+
+
+def test_a_memory_weighs_only_what_it_has_read():
+    weights = gallery.effective_attention(gallery.small(variants.yaad()))
+    assert not np.triu(weights, k=1).any()
+    np.testing.assert_allclose(weights.max(axis=1), 1)
