@@ -4,7 +4,7 @@
     python -m experiments.studies.starts forgetful fast   # some of them
 
 The quickstart for 150 steps, with one thing changed per row. Prints the held-out loss
-and the largest gradient norm after step 50: where forgetting keeps the weights so short
+and the largest gradient norm after step 30: where forgetting keeps the weights so short
 that a chunk's steps overshoot, it explodes long before the loss says so. Two to three
 minutes a row on two cores; runs go to runs/starts/NAME and continue where they stopped.
 """
@@ -23,7 +23,7 @@ from miras_jax.nn.miras import Miras, default_rates
 from miras_jax.nn.rates import Fixed, LowRank, PerHead
 from miras_jax.training.metrics import read_table
 
-STEPS, AFTER = 150, 50
+STEPS, AFTER = 150, 30
 
 
 def mixer(
