@@ -14,8 +14,8 @@ the episodes are text like any other.
 Language models of width 64 and depth 2, two heads of 32 channels, trained on 8 to 32
 pairs at a time for 1,000 steps of 32 episodes. The table gives nats per value that had
 been given before, on 256 new episodes of each number of pairs. One to five minutes a
-row alone on two cores. Every measurement is kept in
-runs/recall/rows.jsonl; runs go on where they stopped.
+row alone on two cores. Every measurement is kept in runs/recall/rows.jsonl; runs go on
+where they stopped.
 
 Deep memories start from `default_rates`, but "yaad_timid": shorter steps, more of them
 forgotten, and smaller thresholds.
