@@ -16,19 +16,17 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from experiments.compare import command
-from experiments.studies.rows import Rows, report
+from experiments.studies.rows import largest, largest_norm, spread, tabulate
 from experiments.studies.small import CHUNK, HEADS, WIDTH, experiment, trained
 from miras_jax import bias, memory, retention, variants
 from miras_jax.nn.defaults import RateChoices, default_rates
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.rates import PerHead
 from miras_jax.training.config import Experiment
-from miras_jax.training.metrics import read_table
 
-STEPS, AFTER, SEEDS = 150, 50, (0, 1, 2)
+STEPS, AFTER, SEEDS = 150, 50, 3
 HEAD_DIM = WIDTH // HEADS
 
 
@@ -114,61 +112,40 @@ ROWS: dict[str, tuple[str, Miras]] = {
 RESULTS = Path(__file__).parents[1] / "results" / "decisions"
 
 
-def measure(wanted: Experiment, workdir: Path) -> dict:
+def wanted(name: str, seed: int, steps: int = STEPS) -> Experiment:
+    mixers = (ROWS[name][1],)
+    return experiment(mixers, steps=steps, seed=seed, evaluate_every=steps)
+
+
+def measure(name: str, seed: int, steps: int, workdir: Path) -> dict:
     """Train one seed of a row: its held-out loss and largest late gradient norm."""
-    result = trained(wanted, workdir)
-    norms = np.asarray(read_table(workdir / "metrics.csv")["gradient_norm"])
-    late = norms[min(AFTER, wanted.steps // 2) :]
-    largest = float(late.max()) if np.all(np.isfinite(late)) else None
-    return {"loss": result and result.heldout_loss, "gradient norm": largest}
+    result = trained(wanted(name, seed, steps), workdir)
+    norm = largest_norm(workdir, min(AFTER, steps // 2))
+    return {"loss": result and result.heldout_loss, "gradient norm": norm}
 
 
 def line(name: str, seeds: list[dict]) -> dict:
     """One line of the table from the seeds of a row."""
     losses = [seed["loss"] for seed in seeds if seed["loss"] is not None]
-    norms = [seed["gradient norm"] for seed in seeds]
-    mean = f"{np.mean(losses):.3f}" if losses else "-"
-    spread = f"{min(losses):.3f} to {max(losses):.3f}" if losses else "-"
-    largest = "not finite" if None in norms else f"{max(norms):.2g}"
     return {
         "row": name,
         "": ROWS[name][0],
         "seeds": f"{len(losses)} of {len(seeds)}",
-        "held-out nats per token": mean,
-        "from, to": spread,
-        "largest gradient norm": largest,
+        "held-out nats per token (from, to)": spread(losses, 3),
+        "largest gradient norm": largest([seed["gradient norm"] for seed in seeds]),
     }
 
 
 def main() -> None:
     parser = command(__doc__, ROWS, folder="runs/decisions", results=RESULTS)
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), metavar="N")
+    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N")
     arguments = parser.parse_args()
-    kept = Rows(arguments.folder / "rows.jsonl")
-    lines = []
-    for name in arguments.names or ROWS:
-        seeds = []
-        for seed in range(arguments.seeds):
-            wanted = experiment(
-                (ROWS[name][1],),
-                steps=arguments.steps,
-                seed=seed,
-                evaluate_every=arguments.steps,
-            )
-            label = f"{name}-{seed}-{arguments.steps}"
-            workdir = arguments.folder / label
-            print(f"\n{label}", flush=True)
-            seeds.append(
-                kept.measure(
-                    label,
-                    repr(wanted),
-                    lambda wanted=wanted, workdir=workdir: measure(wanted, workdir),
-                )
-            )
-        lines.append(line(name, seeds))
-        jax.clear_caches()
-    report(lines, arguments)
+
+    def of(name, seed):
+        return repr(wanted(name, seed))
+
+    tabulate(arguments, ROWS, of, measure, line)
 
 
 if __name__ == "__main__":

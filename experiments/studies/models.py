@@ -58,10 +58,10 @@ def _with_short_chunks(mixer: Mixer) -> Mixer:
     return dataclasses.replace(mixer, rule=rule)
 
 
-def measure(name: str, steps: int, workdir: Path) -> dict:
+def measure(name: str, seed: int, steps: int, workdir: Path) -> dict:
     """Train one model: held-out loss on the way, speed, largest gradient norm."""
     every = max(1, steps * EVERY // STEPS)
-    wanted = experiment(mixers(name), steps=steps, evaluate_every=every)
+    wanted = experiment(mixers(name), steps=steps, seed=seed, evaluate_every=every)
     trained(wanted, workdir)
     metrics = read_table(workdir / "metrics.csv")
     heldout = read_table(workdir / "evaluations.csv")
@@ -76,8 +76,9 @@ def measure(name: str, steps: int, workdir: Path) -> dict:
     }
 
 
-def line(name: str, row: dict) -> dict:
-    """One line of the table."""
+def line(name: str, seeds: list[dict]) -> dict:
+    """One line of the table, of one seed."""
+    (row,) = seeds
     return {
         "model": name,
         "parameters": f"{row['parameters'] / 1e6:.2f} M",
@@ -93,7 +94,12 @@ def line(name: str, row: dict) -> dict:
 def main() -> None:
     parser = command(__doc__, NAMES, folder="runs/models", results=RESULTS)
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N")
-    tabulate(parser.parse_args(), NAMES, lambda name: repr(mixers(name)), measure, line)
+    parser.set_defaults(seeds=1)
+
+    def of(name, seed):
+        return repr(mixers(name))
+
+    tabulate(parser.parse_args(), NAMES, of, measure, line)
 
 
 if __name__ == "__main__":

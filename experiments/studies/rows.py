@@ -7,8 +7,10 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from experiments.compare import table
+from miras_jax.training.metrics import read_table
 
 
 class Rows:
@@ -50,23 +52,47 @@ def report(lines: list[dict], arguments: argparse.Namespace) -> None:
 def tabulate(
     arguments: argparse.Namespace,
     known: Collection[str],
-    of: Callable[[str], str],
-    measure: Callable[[str, int, Path], dict],
-    line: Callable[[str, dict], dict],
+    of: Callable[[str, int], str],
+    measure: Callable[[str, int, int, Path], dict],
+    line: Callable[[str, list[dict]], dict],
 ) -> None:
     """Measure the rows that are asked for, or all known ones, and report them.
 
-    of: describes what is measured of a name; measure: makes it of a name, a number of
-    steps and a folder; line: what the table says of it.
+    of: describes what is measured of a name and a seed; measure: makes it of a name, a
+    seed, a number of steps and a folder; line: what the table says of a name's seeds.
     """
     kept = Rows(arguments.folder / "rows.jsonl")
     lines = []
     for name in arguments.names or known:
-        print(f"\n{name}", flush=True)
-        label = f"{name}-{arguments.steps}"
-        workdir = arguments.folder / label
-        measured = partial(measure, name, arguments.steps, workdir)
-        lines.append(line(name, kept.measure(label, of(name), measured)))
+        seeds = []
+        for seed in range(arguments.seeds):
+            label = f"{name}-{seed}-{arguments.steps}"
+            print(f"\n{label}", flush=True)
+            workdir = arguments.folder / label
+            measured = partial(measure, name, seed, arguments.steps, workdir)
+            seeds.append(kept.measure(label, of(name, seed), measured))
+        lines.append(line(name, seeds))
         # One process compiles every model: let go of what the last one left.
         jax.clear_caches()
     report(lines, arguments)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, smallest and largest of what was measured; "-" of nothing."""
+    if not values:
+        return "-"
+    mean, low, high = (
+        f"{x:.{digits}f}" for x in (sum(values) / len(values), min(values), max(values))
+    )
+    return f"{mean} ({low} to {high})"
+
+
+def largest(values: list[float | None]) -> str:
+    """The largest of them; None is one that was not finite."""
+    return "not finite" if None in values else f"{max(values):.2g}"
+
+
+def largest_norm(workdir: Path, after: int) -> float | None:
+    """Largest gradient norm of a run after so many steps; None: one was not finite."""
+    norms = np.asarray(read_table(workdir / "metrics.csv")["gradient_norm"])[after:]
+    return float(norms.max()) if np.all(np.isfinite(norms)) else None
