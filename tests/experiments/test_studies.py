@@ -64,21 +64,33 @@ def test_a_table_of_all_rows_is_kept(tmp_path):
     assert kept.read_text().splitlines()[-1] == r"| a | 1\|2 |"
 
 
-def test_rows_are_measured_by_name_and_steps_and_reported_in_order(tmp_path, capsys):
+def test_rows_are_measured_by_name_seed_and_steps_and_reported_in_order(
+    tmp_path, capsys
+):
     measured = []
 
-    def measure(name, steps, workdir):
-        measured.append((name, steps, workdir.name))
-        return {"steps": steps}
+    def measure(name, seed, steps, workdir):
+        measured.append((name, seed, steps, workdir.name))
+        return {"seed": seed, "steps": steps}
 
-    def line(name, row):
-        return {"row": name, "steps": str(row["steps"])}
+    def of(name, seed):
+        return name.upper()
 
-    for names, steps in (["b"], 3), (["a", "b"], 3), (["b"], 4):
-        given = Namespace(names=names, steps=steps, folder=tmp_path)
-        tabulate(given, ("a", "b"), str.upper, measure, line)
-    assert measured == [("b", 3, "b-3"), ("a", 3, "a-3"), ("b", 4, "b-4")]
-    assert "| a | 3 |\n| b | 3 |\n" in capsys.readouterr().out
+    def line(name, seeds):
+        rows = [f"{row['seed']}: {row['steps']}" for row in seeds]
+        return {"row": name, "seeds": ", ".join(rows)}
+
+    for names, steps, seeds in (["b"], 3, 1), (["a", "b"], 3, 2), (["b"], 4, 1):
+        given = Namespace(names=names, steps=steps, seeds=seeds, folder=tmp_path)
+        tabulate(given, ("a", "b"), of, measure, line)
+    assert measured == [
+        ("b", 0, 3, "b-0-3"),
+        ("a", 0, 3, "a-0-3"),
+        ("a", 1, 3, "a-1-3"),
+        ("b", 1, 3, "b-1-3"),
+        ("b", 0, 4, "b-0-4"),
+    ]
+    assert "| a | 0: 3, 1: 3 |\n| b | 0: 3, 1: 3 |\n" in capsys.readouterr().out
 
 
 def test_a_line_of_decisions_tells_mean_range_and_what_diverged():
@@ -88,9 +100,9 @@ def test_a_line_of_decisions_tells_mean_range_and_what_diverged():
         {"loss": None, "gradient norm": 2.0},
     ]
     line = decisions.line("memora", seeds)
-    assert list(line.values())[2:] == ["2 of 3", "5.100", "5.000 to 5.200", "30"]
+    assert list(line.values())[2:] == ["2 of 3", "5.100 (5.000 to 5.200)", "30"]
     line = decisions.line("memora", [{"loss": None, "gradient norm": None}])
-    assert list(line.values())[2:] == ["0 of 1", "-", "-", "not finite"]
+    assert list(line.values())[2:] == ["0 of 1", "-", "not finite"]
 
 
 def test_every_row_of_decisions_is_a_model_of_its_own():
@@ -144,10 +156,20 @@ def test_an_episode_gives_every_pair_before_it_asks_for_any(pairs):
 
 
 def test_a_line_of_recall_tells_what_diverged():
-    row = {"parameters": 120_000, "gradient norm": 1e7, "8": 0.5, "16": 1.25}
-    assert list(recall.line("yaad", row).values())[1:] == [
-        "0.12 M", "0.50", "1.25", "diverged", "1e+07"
-    ]  # fmt: skip
+    parameters, pairs = {"parameters": 120_000}, {"4": 0.5, "8": 1.25, "16": 2.5}
+    seeds = [
+        {**parameters, "gradient norm": 3.0, **pairs},
+        {**parameters, "gradient norm": 1e7},
+        {**parameters, "gradient norm": 2.0, "4": 1.5, "8": 1.25, "16": 2.7},
+    ]
+    assert list(recall.line("yaad", seeds).values())[1:] == [
+        "0.12 M",
+        "2 of 3",
+        "1.00 (0.50 to 1.50)",
+        "1.25 (1.25 to 1.25)",
+        "2.60 (2.50 to 2.70)",
+        "1e+07",
+    ]
 
 
 def test_a_window_predicts_one_whole_episode(tmp_path, monkeypatch):
