@@ -117,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="read on from window to window, as training did only if its file says so",
     )
+    evaluate.add_argument(
+        "--recall",
+        type=int,
+        metavar="N",
+        help="also: what is recalled of a passage that was read up to N tokens ago",
+    )
     inspect = command(
         "inspect", _inspect, "Show what the memories of a run make of a text."
     )
@@ -237,7 +243,11 @@ def _evaluate(arguments, argv: Sequence[str]) -> int:
         raise UserError(f"--windows is {arguments.windows}; evaluate at least 1")
     run = Run.open(arguments.workdir)
     restored = run.restore("best")
-    print(report.evaluation(run, restored, arguments.windows, arguments.consecutive))
+    print(
+        report.evaluation(
+            run, restored, arguments.windows, arguments.consecutive, arguments.recall
+        )
+    )
     return 0
 
 

@@ -286,6 +286,15 @@ def test_evaluate_can_read_a_part(trained):
     assert "on 3 of 18 held-out windows" in out and out.count("estimated") == 2
 
 
+def test_evaluate_can_ask_what_is_recalled(trained):
+    status, out, _ = command("evaluate", trained[0], "--windows", 3, "--recall", 64)
+    lines = re.findall(
+        r"^read (anew|[\d]+ tokens ago) +[\d.]+(, .*recalled)?$", out, re.M
+    )
+    assert status == 0
+    assert [line for line, _ in lines] == ["anew", "32 tokens ago", "64 tokens ago"]
+
+
 def test_inspect_writes_a_page_and_two_pictures(trained, folder):
     argv = ["inspect", trained[0], "--text", folder / "heldout.txt", "--length", 40]
     status, out, err = command(*argv)
@@ -343,6 +352,7 @@ def refused(*argv):
         (["export", "{folder}", "m.safetensors"], "holds no run (no config.json)"),
         (["export", "{run}", "{folder}/m.npz"], "must end in .safetensors"),
         (["evaluate", "{run}", "--windows", "0"], "--windows is 0"),
+        (["evaluate", "{run}", "--recall", "9"], "passages have 32 tokens"),
         (["inspect", "{run}"], "required: --text"),
         (["inspect", "{folder}", "--text", "{folder}/train.txt"], "holds no run"),
         (["inspect", "{run}", "--text", "{folder}/none.txt"], "none.txt is no file;"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from miras_jax.evaluation import compression, perplexity
 from miras_jax.evaluation.perplexity import Quality, Span
+from miras_jax.evaluation.recall import PASSAGE, PASSAGES, Recall, recall
 from miras_jax.export import of_run
 from miras_jax.generate import generate
 from miras_jax.training.checkpoint import Restored
@@ -23,14 +24,18 @@ def evaluation(
     restored: Restored,
     windows: int | None,
     consecutive: bool | None = None,
+    furthest: int | None = None,
 ) -> str:
     """Evaluate, write the plot by position; the tables that say what came out.
 
     consecutive: read each row on from window to window; None: as in training.
+    furthest: how far back `recall` asks; None: leave that out.
     """
-    totals = run.evaluate(
-        restored.state.parameters, windows=windows, consecutive=consecutive
-    )
+    parameters = restored.state.parameters
+    recalled = []
+    if furthest is not None:
+        recalled = ["", *recall_table(*recall(run, parameters, furthest))]
+    totals = run.evaluate(parameters, windows=windows, consecutive=consecutive)
     quality = perplexity.quality(totals, run.prepared)
     plot = plot_positions(run, totals)
     return "\n".join(
@@ -40,6 +45,7 @@ def evaluation(
             *quality_table(quality),
             "",
             *span_table(perplexity.spans(totals)),
+            *recalled,
             "",
             f"plot  {plot}",
         ]
@@ -121,6 +127,18 @@ def span_table(spans: Sequence[Span]) -> list[str]:
     for first, last, loss in spans:
         label = f"{first:,}" if first == last else f"{first:,} to {last:,}"
         lines.append((label, f"{loss:.4f}", ""))
+    return _aligned(lines)
+
+
+def recall_table(fresh: float, found: Sequence[Recall]) -> list[str]:
+    """What is recalled, a line for each distance: 0 % is a passage read anew."""
+    lines = [
+        (f"{PASSAGES} passages of {PASSAGE} tokens", "nats per token", ""),
+        ("read anew", f"{fresh:.4f}", ""),
+    ]
+    for distance, loss in found:
+        share = f", {1 - loss / fresh:.1%} recalled"
+        lines.append((f"read {distance:,} tokens ago", f"{loss:.4f}", share))
     return _aligned(lines)
 
 
