@@ -49,8 +49,9 @@ def default_rates(rule: Rule) -> RateChoices:
     about 0.2 in each of 64 channels: such signs make steps as long as the squared error
     does.
 
-    Channel-wise of rank 32 for deep memories, where the rule allows it; else, and for
-    momentum rules and plain matrices, one per token and head.
+    Channel-wise of rank 32 for deep memories, where the rule allows it; else, for plain
+    matrices, and for momentum and windows (Titans and Atlas weigh tokens by numbers),
+    one per token and head.
     """
     if rule.keeps_tokens:
         return RateChoices()
@@ -59,7 +60,8 @@ def default_rates(rule: Rule) -> RateChoices:
         keep = PerHead("keep", (0.001, 0.1))
     else:
         with_momentum = "momentum" in rule.rates
-        channelwise = rule.retention.channelwise and not with_momentum
+        of_tokens = with_momentum or rule.algorithm.window > 1
+        channelwise = rule.retention.channelwise and not of_tokens
         make = LowRank if channelwise else PerHead
         unit = _step(rule) * (0.25 if with_momentum else 1)
         learn = make("sigmoid", (0.4 * unit, 1.6 * unit), 6.4 * unit)

@@ -108,8 +108,8 @@ def test_fixed_rates_are_constants_without_parameters():
 
 
 WITH_MOMENTUM = {"titans", "lact", "atlas", "atlas_gated"}
-CHANNELWISE = {"moneta", "yaad", "ttt_mlp", "ttt_linear", "omega_net"}
-DEEP = {"memora"} | WITH_MOMENTUM | CHANNELWISE
+CHANNELWISE = {"moneta", "yaad", "ttt_mlp", "ttt_linear"}
+DEEP = {"memora", "omega_net"} | WITH_MOMENTUM | CHANNELWISE
 STARTS = {"momentum": (0.5, 0.9), "threshold": (0.2, 0.6), "erase": (0.5, 0.5)}
 
 
