@@ -18,8 +18,9 @@ to three minutes a seed on one core. Every measurement is kept in
 runs/recall/rows.jsonl; runs go on where they stopped.
 
 Deep memories start from `default_rates`. "yaad_static" does not learn while it reads;
-"yaad_tolerant" starts from thresholds that an untrained memory's errors, of norm 1.7,
-mostly do not reach.
+"yaad_timid" starts from a quarter of the step, ten times the forgetting and smaller
+thresholds; "yaad_tolerant" from thresholds that an untrained memory's errors, of norm
+1.7, mostly do not reach.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.compare import command
+from experiments.studies.recall_plot import plot
 from experiments.studies.rows import largest, largest_norm, spread, tabulate
 from experiments.studies.small import trained
 from miras_jax import variants
@@ -56,9 +58,15 @@ def miras(variant, **rates: Rate) -> Miras:
     return Miras(rule, HEADS, rates=choices)
 
 
+TIMID = {
+    "learn": LowRank("sigmoid", (0.01, 0.04), 0.08),
+    "keep": LowRank("keep", (0.0001, 0.01)),
+    "threshold": LowRank("sigmoid", (0.05, 0.2)),
+}
 MIXERS: dict[str, Mixer] = {
     "yaad_static": miras(variants.yaad, learn=Fixed((1e-9, 1e-9))),
     "yaad": miras(variants.yaad),
+    "yaad_timid": miras(variants.yaad, **TIMID),
     "yaad_tolerant": miras(
         variants.yaad, threshold=LowRank("sigmoid", (1.5, 3.0), 6.0)
     ),
@@ -132,9 +140,14 @@ def measure(name: str, seed: int, steps: int, workdir: Path) -> dict:
     return row
 
 
+def by_pairs(seeds: list[dict]) -> dict[int, list[float]]:
+    """Nats per value of the seeds that did not diverge, by number of pairs."""
+    return {n: [seed[str(n)] for seed in seeds if str(n) in seed] for n in PAIRS}
+
+
 def line(name: str, seeds: list[dict]) -> dict:
     """One line of the table from the seeds of a row."""
-    nats = {n: [seed[str(n)] for seed in seeds if str(n) in seed] for n in PAIRS}
+    nats = by_pairs(seeds)
     return {
         "layer": name,
         "parameters": f"{seeds[0]['parameters'] / 1e6:.2f} M",
@@ -152,7 +165,11 @@ def main() -> None:
     def of(name, seed):
         return repr(MIXERS[name])
 
-    tabulate(parser.parse_args(), MIXERS, of, measure, line)
+    arguments = parser.parse_args()
+    rows = tabulate(arguments, MIXERS, of, measure, line)
+    if not arguments.names:
+        found = {name: by_pairs(seeds) for name, seeds in rows.items()}
+        plot(found, len(VALUES), arguments.results / "recall.png")
 
 
 if __name__ == "__main__":

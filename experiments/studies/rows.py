@@ -55,26 +55,27 @@ def tabulate(
     of: Callable[[str, int], str],
     measure: Callable[[str, int, int, Path], dict],
     line: Callable[[str, list[dict]], dict],
-) -> None:
+) -> dict[str, list[dict]]:
     """Measure the rows that are asked for, or all known ones, and report them.
 
     of: describes what is measured of a name and a seed; measure: makes it of a name, a
     seed, a number of steps and a folder; line: what the table says of a name's seeds.
+    Returns what was measured, seed by seed.
     """
     kept = Rows(arguments.folder / "rows.jsonl")
-    lines = []
+    rows = {}
     for name in arguments.names or known:
-        seeds = []
+        rows[name] = []
         for seed in range(arguments.seeds):
             label = f"{name}-{seed}-{arguments.steps}"
             print(f"\n{label}", flush=True)
             workdir = arguments.folder / label
             measured = partial(measure, name, seed, arguments.steps, workdir)
-            seeds.append(kept.measure(label, of(name, seed), measured))
-        lines.append(line(name, seeds))
+            rows[name].append(kept.measure(label, of(name, seed), measured))
         # One process compiles every model: let go of what the last one left.
         jax.clear_caches()
-    report(lines, arguments)
+    report([line(name, seeds) for name, seeds in rows.items()], arguments)
+    return rows
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -6,8 +6,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
 
 from experiments.studies import decisions, influence, models, recall, small, stability
+from experiments.studies.recall_plot import plot
 from experiments.studies.rows import Rows, report, tabulate
 from miras_jax import variants
 from miras_jax.nn.functional import FunctionalModel
@@ -80,9 +83,12 @@ def test_rows_are_measured_by_name_seed_and_steps_and_reported_in_order(
         rows = [f"{row['seed']}: {row['steps']}" for row in seeds]
         return {"row": name, "seeds": ", ".join(rows)}
 
+    returned = []
     for names, steps, seeds in (["b"], 3, 1), (["a", "b"], 3, 2), (["b"], 4, 1):
         given = Namespace(names=names, steps=steps, seeds=seeds, folder=tmp_path)
-        tabulate(given, ("a", "b"), of, measure, line)
+        returned.append(tabulate(given, ("a", "b"), of, measure, line))
+    assert returned[0] == {"b": [{"seed": 0, "steps": 3}]}
+    assert [row["seed"] for row in returned[1]["a"]] == [0, 1]
     assert measured == [
         ("b", 0, 3, "b-0-3"),
         ("a", 0, 3, "a-0-3"),
@@ -170,6 +176,16 @@ def test_a_line_of_recall_tells_what_diverged():
         "2.60 (2.50 to 2.70)",
         "1e+07",
     ]
+
+
+def test_recall_is_drawn_also_where_every_seed_diverged(tmp_path):
+    seeds = [{"4": 0.5, "8": 1.25, "16": 2.5}, {"4": 1.0, "8": 1.0, "16": 1.0}]
+    found = {"yaad": recall.by_pairs(seeds), "memora": recall.by_pairs([{}, {}])}
+    assert found["yaad"] == {4: [0.5, 1.0], 8: [1.25, 1.0], 16: [2.5, 1.0]}
+    picture = imread(plot(found, 16, tmp_path / "folder" / "recall.png"))
+    inside = picture[5:-60, 120:640, :3]  # left of the names, right of the axes' end
+    for colour in ("#0072b2", "#d55e00", "#009e73"):
+        assert np.isclose(inside, to_rgb(colour), atol=0.01).all(axis=-1).any()
 
 
 def test_a_window_predicts_one_whole_episode(tmp_path, monkeypatch):
