@@ -254,6 +254,9 @@ class MirasLayer(nnx.Module):
             if name in self.rates:
                 given.rates[name] = self.rates[name](x, given)
         rates = given.rates
+        if "threshold" in rates:
+            # As exact as the values whose errors it is compared with.
+            rates["threshold"] = rates["threshold"].astype(x.dtype)
         if self.steps > 1:
 
             def by_step(t):

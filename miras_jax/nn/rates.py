@@ -2,7 +2,7 @@
 
 A parametrisation is a frozen dataclass; `build` makes the nnx module that maps the
 layer's input `[B, L, D]`, and where it needs them what is `Given` besides, to rates
-`[B, L, H]` or `[B, L, H, K]`, in float32 or more unless they say otherwise. All start
+`[B, L, H]` or `[B, L, H, K]`, in float32 or more. All start
 from stated values: the projection of the input starts at (nearly) zero, and biases are
 spread log-uniformly over `initial` = (low, high), so that an untrained layer already
 has memories of many time scales.
@@ -126,9 +126,7 @@ class LowRank(_Learned):
     """Channel-wise: activation(x W_down W_up + b), of rank 32 (Miras, section 5.4).
 
     W_up starts at zero, as in LoRA. The bias is spread over the heads, and over the
-    channels of each head in the same way, shifted by at most one head's step. Sigmoids
-    are of the dtype of x, as keys are, of which there are as many; a keep, whose
-    distance from one counts, is of float32 or more.
+    channels of each head in the same way, shifted by at most one head's step.
     """
 
     rank: int = 32
@@ -152,10 +150,7 @@ class _LowRank(nnx.Module):
         )
 
     def __call__(self, x, given=None):
-        rates = self.config.activate(self.up(self.down(x)))
-        if self.config.activation == "sigmoid":
-            rates = rates.astype(x.dtype)
-        return split_heads(rates, self.heads)
+        return split_heads(self.config.activate(self.up(self.down(x))), self.heads)
 
 
 @dataclass(frozen=True, repr=False)

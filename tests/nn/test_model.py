@@ -11,7 +11,8 @@ from flax import nnx
 from miras_jax import variants
 from miras_jax.errors import UserError
 from miras_jax.nn.attention import Attention
-from miras_jax.nn.miras import MirasCache
+from miras_jax.nn.documents import beginning, locate
+from miras_jax.nn.miras import Miras, MirasCache
 from tests import nn
 from tests.core import error, jit
 from tests.nn import BATCH, LENGTH, MIXERS, VOCAB, WINDOW, Program, leaves, shaken
@@ -213,6 +214,15 @@ def test_bfloat16_keeps_parameters_states_and_gradients_in_float32():
     for name, g in leaves(gradient).items():
         assert g.dtype == jnp.float32, name
         assert np.isfinite(g).all(), name
+
+
+def test_only_thresholds_are_as_narrow_as_values():
+    layer = Miras(variants.yaad(), num_heads=2).build(16, 1.0, nnx.Rngs(0))
+    x = jnp.ones((1, 5, 16), jnp.bfloat16)
+    places = locate((1, 5), beginning(1), None)
+    tokens, _ = layer.tokens(x, layer.start(1, 5, x.dtype).convolution, places)
+    assert tokens.values.dtype == tokens.rates.threshold.dtype == jnp.bfloat16
+    assert tokens.rates.keep.dtype == tokens.rates.learn.dtype == jnp.float32
 
 
 def test_bfloat16_is_close_to_float32_but_not_the_same(hybrid):
