@@ -30,11 +30,10 @@ _SPLIT: ContextVar[_Split | None] = ContextVar("split", default=None)
 def split_over(mesh: Mesh, *axes: Names) -> Iterator[None]:
     """Trace with the vmapped axes of kernels split over a mesh.
 
-    axes: for each vmapped axis, the outermost first, the mesh axes that it is split
-    over, or None. A kernel with another number of vmapped axes runs whole on every
-    device, and so does an axis whose size the devices do not divide. To be entered
-    while tracing, inside of what is jitted; not inside of a `shard_map`, where a kernel
-    has its part already.
+    axes: mesh axes for each vmapped axis, the outermost first. Those that do not divide
+    its size are for the next one that they do divide; what none are left for is whole
+    on every device. None: whole. To be entered while tracing, inside of what is jitted;
+    not inside of a `shard_map`, where a kernel has its part already.
     """
     token = _SPLIT.set(_Split(mesh, axes) if mesh.size > 1 else None)
     try:
@@ -54,11 +53,13 @@ def by_batch(
     split = _SPLIT.get()
     if split is None:
         return call
-    names = split.axes if len(split.axes) == len(sizes) else (None,) * len(sizes)
-    names = [
-        name if name and size % _devices(split.mesh, name) == 0 else None
-        for name, size in zip(names, sizes, strict=True)
-    ]
+    names: list[Names] = [None] * len(sizes)
+    for first, name in enumerate(split.axes):
+        for axis in range(first, len(sizes)):
+            free = name and names[axis] is None
+            if free and sizes[axis] % _devices(split.mesh, name) == 0:
+                names[axis] = name
+                break
 
     def own(mask):
         return P(*(name for name, has in zip(names, mask, strict=True) if has))

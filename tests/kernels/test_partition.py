@@ -3,6 +3,7 @@
 import re
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -67,3 +68,19 @@ def test_inside_a_shard_map(mesh, operands, expected):
         actual = results(mapped, operands)
     found = errors(actual, expected)
     assert max(found.values()) < 2e-6, found
+
+
+def test_axes_in_between_of_which_there_is_one(mesh):
+    """Rows, memories of a key, heads of a memory: the first that four divides."""
+
+    def one(start, xs):
+        return fused_scan(lambda c, x, _: (c + x, c * x), start, xs, ())
+
+    function = one
+    for _ in range(4):
+        function = jax.vmap(function)
+    start, xs = np.ones((2, 1, 8, 3, 8, 8)), np.ones((2, 1, 8, 3, 2, 8, 8))
+    with target("tpu", interpret=True), split_over(mesh, "data", "model"):
+        end, _ = jax.jit(function)(np.float32(start), np.float32(xs))
+    assert end.sharding.spec == P("data", None, "model")
+    assert np.all(np.asarray(end) == 3)
