@@ -120,19 +120,13 @@ class AttentionLayer(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, AttentionCache | None]:
         """`[B, L, D]` -> the same; without a cache from the start, and none is kept."""
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         groups = self.config.kv_heads
         last = beginning(batch) if cache is None else cache.last
         places = locate((batch, length), last, segment_ids)
-        cuts = [width, width + groups * self.channels]
-        queries, keys, values = (
-            split_heads(part, heads)
-            for part, heads in zip(
-                jnp.split(self.qkv(x), cuts, axis=-1),
-                (self.config.num_heads, groups, groups),
-                strict=True,
-            )
-        )
+        counts = (self.config.num_heads, groups, groups)
+        parts = self.qkv.in_parts(x, [count * self.channels for count in counts])
+        queries, keys, values = map(split_heads, parts, counts)
         queries, keys = (
             rotate(part, places.index, self.channels) for part in (queries, keys)
         )

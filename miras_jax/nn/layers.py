@@ -1,9 +1,11 @@
 """Small layers that every mixer shares, with logical axis names on every parameter.
 
-Each `nnx.Param` carries `axes`, one logical name (or None) per axis of its value:
-"vocab", "embed" (model width), "heads" (heads x head dim), "hidden" (of the MLP). Which
-mesh axis a name is split over is decided in `miras_jax.training.sharding` alone.
+Each `nnx.Param` carries `axes`, one logical name (or None) per axis of its value;
+see `miras_jax.nn.logical`.
 """
+
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,7 @@ from flax import nnx
 
 from miras_jax.core.types import state_dtype
 from miras_jax.nn.documents import Places
-
-Axes = tuple[str | None, ...]
+from miras_jax.nn.logical import Axes, constrain, gathered
 
 
 def param(value: jax.Array, axes: Axes) -> nnx.Param:
@@ -51,12 +52,30 @@ class Projection(nnx.Module):
         self.bias = nnx.data(None if bias is None else param(bias, axes[1:]))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = multiply(x, self.weight[...].astype(x.dtype))
+        (y,) = self.in_parts(x, [self.weight.shape[-1]])
         if self.bias is None:
             return y
         return y.astype(state_dtype(y)) + jnp.expand_dims(
             self.bias[...], range(x.ndim - 1)
         )
+
+    def in_parts(self, x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+        """x W, cut into so many channels each.
+
+        A product for each part: of one product of queries, keys and values each device
+        of a mesh would hold a piece that has little to do with its heads.
+        """
+        weight = self.weight[...].astype(x.dtype)
+        axes = self.weight.axes
+        parts = (multiply(x, gathered(part, axes)) for part in cut(weight, sizes))
+        # Where heads are formed from what a product gives, XLA:TPU lays out the product
+        # for it and copies more (a Yaad layer: 112 cycles around its kernels, not 94).
+        return list(jax.lax.optimization_barrier(tuple(parts)))
+
+
+def cut(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """x in parts of so many channels each."""
+    return jnp.split(x, list(itertools.accumulate(sizes))[:-1], axis=-1)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
@@ -100,15 +119,26 @@ class CausalConvolution(nnx.Module):
         return jnp.zeros((batch, self.kernel - 1, self.weight.shape[1]), dtype)
 
     def __call__(
-        self, x: jax.Array, cache: jax.Array, places: Places | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """`[B, L, channels]` -> the same, and the new cache.
+        self, parts: Sequence[jax.Array], cache: jax.Array, places: Places | None = None
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """Parts `[B, L, n]` of all channels -> the same, and the new cache of all.
 
         Where places tell documents apart, only inputs of a token's own count for it,
         and the cache holds those of the last one, zero before its start.
         """
-        padded = jnp.concatenate([cache.astype(x.dtype), x], axis=1)
-        weight = self.weight[...].astype(x.dtype)
+        sizes = [x.shape[-1] for x in parts]
+        weight = self.weight[...].astype(parts[0].dtype)
+        pairs = [
+            self._one(x, constrain(of, None, "heads"), last.astype(x.dtype), places)
+            for x, of, last in zip(
+                parts, cut(weight, sizes), cut(cache, sizes), strict=True
+            )
+        ]
+        outputs, caches = zip(*pairs, strict=True)
+        return list(outputs), jnp.concatenate(caches, axis=-1)
+
+    def _one(self, x, weight, cache, places):
+        padded = jnp.concatenate([cache, x], axis=1)
         length = x.shape[1]
         apart = places is not None and places.documents is not None
 

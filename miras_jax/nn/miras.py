@@ -1,6 +1,5 @@
 """The Miras layer: a rule as a sequence mixer (Miras, section 5.4)."""
 
-import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -226,15 +225,12 @@ class MirasLayer(nnx.Module):
         convolution's cache; also the new one.
         """
         memories = self.config.memories
-        mixed = self.qkv(x)
+        mixed = self.qkv.in_parts(x, [count * dim for count, dim in self.parts])
         if self.convolution is not None:
             mixed, window = self.convolution(mixed, window, places)
-        ends = list(itertools.accumulate(count * dim for count, dim in self.parts))
         queries, keys, values, *erase_keys = (
             split_heads(part, count)
-            for part, (count, _) in zip(
-                jnp.split(mixed, ends[:-1], axis=-1), self.parts, strict=True
-            )
+            for part, (count, _) in zip(mixed, self.parts, strict=True)
         )
         # The even number of channels nearest to the share asked for.
         channels = 2 * round(self.config.rotary * queries.shape[-1] / 2)

@@ -12,6 +12,7 @@ from miras_jax.core import variants
 from miras_jax.core.types import Choice
 from miras_jax.errors import UserError
 from miras_jax.nn.layers import Projection, RMSNorm, SwiGLU, multiply, param
+from miras_jax.nn.logical import constrain, gathered
 from miras_jax.nn.miras import Miras
 
 
@@ -96,8 +97,9 @@ class Block(nnx.Module):
 
     def __call__(self, x, cache=None, segment_ids=None):
         y, cache = self.mixer(self.mixer_norm(x), cache, segment_ids)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x = constrain(x + y, "batch", None, None)
+        x = x + self.mlp(self.mlp_norm(x))
+        return constrain(x, "batch", None, None), cache
 
 
 class Group(nnx.Module):
@@ -157,8 +159,11 @@ class LanguageModel(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """What the blocks read: token ids `[B, L]` -> `[B, L, D]`."""
-        x = self.embedding[...][tokens] * self.config.width**0.5
-        return x.astype(self.config.compute_dtype)
+        # Whole on the way back, too: split along the width, every device would need all
+        # tokens' gradients for its part.
+        matrix = constrain(self._matrix(), "vocab", None)
+        x = matrix[tokens] * self.config.width**0.5
+        return constrain(x, "batch", None, None)
 
     def __call__(
         self,
@@ -187,7 +192,13 @@ class LanguageModel(nnx.Module):
         x, caches = jax.lax.scan(read_group, x, (params, cache))
         x = self.norm(x)
         if self.output is None:
-            logits = multiply(x, self.embedding[...].astype(x.dtype).T)
+            logits = multiply(x, self._matrix().T)
         else:
             logits = self.output(x)
-        return logits.astype(jnp.float32), None if cache is None else caches
+        logits = constrain(logits.astype(jnp.float32), "batch", None, "vocab")
+        return logits, None if cache is None else caches
+
+    def _matrix(self) -> jax.Array:
+        """The embedding as it is computed with."""
+        matrix = self.embedding[...].astype(self.config.compute_dtype)
+        return gathered(matrix, self.embedding.axes)

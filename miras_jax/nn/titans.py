@@ -232,7 +232,7 @@ class MACLayer(nnx.Module):
         at = jnp.concatenate([place, size + place], 1)
         queries, keys, values = (
             split_heads(part, config.num_heads)
-            for part in jnp.split(self.qkv(jnp.concatenate([h, x], 1)), 3, axis=-1)
+            for part in self.qkv.in_parts(jnp.concatenate([h, x], 1), [x.shape[-1]] * 3)
         )
         channels = queries.shape[-1]
         queries, keys = (rotate(part, at, channels) for part in (queries, keys))

@@ -241,7 +241,7 @@ class Run:
             self.walk,
         )
         return jax.jit(
-            sharding.split_kernels(self.mesh, function),
+            sharding.on_mesh(self.mesh, function),
             compiler_options=compiler.options(),
             donate_argnums=0,
             in_shardings=(
@@ -258,7 +258,7 @@ class Run:
         batch, carry = self.batch_sharding, self.carry_sharding
         function = partial(step.evaluate_step, self.model)
         return jax.jit(
-            sharding.split_kernels(self.mesh, function),
+            sharding.on_mesh(self.mesh, function),
             compiler_options=compiler.options(),
             donate_argnums=1,
             in_shardings=(

@@ -6,7 +6,7 @@ device is the mesh 1 x 1 x 1.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 
 import jax
@@ -15,10 +15,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from miras_jax.errors import UserError
+from miras_jax.nn.logical import placed
 from miras_jax.training.config import Mesh
 from pallas_kernels.fused_scan import split_over
 
 RULES = {
+    "batch": ("data", "fsdp"),
     "embed": "fsdp",
     "heads": "model",
     "memory": "model",
@@ -26,33 +28,52 @@ RULES = {
     "vocab": "model",
     None: None,
 }
-BATCH = P(("data", "fsdp"))
+BATCH = P(RULES["batch"])
 
 
-def make_mesh(config: Mesh) -> jax.sharding.Mesh:
-    """The mesh over all devices; UserError if the sizes do not fit their number."""
+def make_mesh(config: Mesh, devices: Sequence | None = None) -> jax.sharding.Mesh:
+    """The mesh over devices (None: all that are here).
+
+    UserError if the sizes do not fit their number.
+    """
     sizes = [config.data, config.fsdp, config.model]
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or devices % known or (-1 not in sizes and known != devices):
+    if sizes.count(-1) > 1 or count % known or (-1 not in sizes and known != count):
         raise UserError(
-            f"{config} does not fit {devices} devices; the product must be {devices}, "
+            f"{config} does not fit {count} devices; the product must be {count}, "
             "with at most one -1"
         )
-    sizes = [devices // known if size == -1 else size for size in sizes]
+    sizes = [count // known if size == -1 else size for size in sizes]
     names = ("data", "fsdp", "model")
-    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3)
+    kinds = (AxisType.Auto,) * 3
+    return jax.make_mesh(sizes, names, axis_types=kinds, devices=devices)
 
 
-def split_kernels(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
-    """The function, its kernels split as batches and the heads of memories are."""
+def on_mesh(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
+    """The function, its activations and kernels split by rows and by heads."""
+
+    def place(x, axes):
+        if mesh.size == 1:
+            return x
+        names = (
+            name if name and size % _devices(mesh, name) == 0 else None
+            for size, name in zip(x.shape, map(RULES.get, axes), strict=True)
+        )
+        split = NamedSharding(mesh, P(*names))
+        return jax.lax.with_sharding_constraint(x, split)
 
     @wraps(function)
-    def on_mesh(*arguments):
-        with split_over(mesh, BATCH[0], RULES["memory"]):
+    def traced(*arguments):
+        with placed(place), split_over(mesh, RULES["batch"], RULES["memory"]):
             return function(*arguments)
 
-    return on_mesh
+    return traced
+
+
+def _devices(mesh: jax.sharding.Mesh, names: str | tuple[str, ...]) -> int:
+    names = (names,) if isinstance(names, str) else names
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def data_part(devices: np.ndarray, process: int) -> tuple[int, int]:

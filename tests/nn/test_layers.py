@@ -117,7 +117,9 @@ def test_causal_convolution():
     for t in range(5):
         for back in range(4):  # the last row of the weight is the present
             expected[:, t] += weight[3 - back] * together[:, 3 + t - back]
-    y, cache = layer(x, past)
+    parts, cache = layer([x[..., :2], x[..., 2:]], past)
+    assert [part.shape[-1] for part in parts] == [2, 4]
+    y = np.concatenate(parts, axis=-1)
     np.testing.assert_allclose(y, silu(expected), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(cache, x[:, -3:])
     assert not np.any(layer.start(2, jnp.float32))
@@ -211,7 +213,8 @@ def test_miras_layer_with_linear_attention():
     """convolution -> RoPE, l2 norm -> y_t = q_t (W_0 + sum v k^T) -> norm, gate."""
     mixer = Miras(variants.linear_attention(), HEADS, rotary=0.5)
     layer, x = shake(mixer.build(WIDTH, 1.0, nnx.Rngs(0))), normal(BATCH, LENGTH, WIDTH)
-    mixed = layer.convolution(layer.qkv(x), layer.convolution.start(BATCH, x.dtype))[0]
+    start = layer.convolution.start(BATCH, x.dtype)
+    (mixed,), _ = layer.convolution([layer.qkv(x)], start)
     queries, keys, values = (heads_of(p) for p in np.split(mixed, 3, axis=-1))
     values = values / np.sqrt(CHANNELS)
     half, positions = CHANNELS // 2, np.arange(LENGTH)[None]

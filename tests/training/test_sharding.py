@@ -27,6 +27,7 @@ from miras_jax.training.checkpoint import Checkpoints
 from miras_jax.training.config import Mesh
 from miras_jax.training.metrics import read_table
 from miras_jax.training.run import Run
+from pallas_kernels.aot import hlo
 from pallas_kernels.fused_scan import fused_scan, target
 from tests import xla_flags
 from tests.training.runs import one_device, tiny
@@ -140,12 +141,25 @@ def test_kernels_are_split_by_rows_and_heads():
     def one(start, xs):
         return fused_scan(lambda c, x, _: (c + x, c * x), start, xs, ())
 
-    function = sharding.split_kernels(mesh, jax.vmap(jax.vmap(one)))
+    function = sharding.on_mesh(mesh, jax.vmap(jax.vmap(one)))
     start, xs = np.ones((4, 2, 8, 8)), np.ones((4, 2, 3, 8, 8))
     with target("tpu", interpret=True):
         end, _ = jax.jit(function)(np.float32(start), np.float32(xs))
     assert end.sharding.spec == P(("data", "fsdp"), "model")
     assert np.all(np.asarray(end) == 4)
+
+
+def test_parameters_are_sent_and_activations_stay(tmp_path):
+    """Without kernels, too, whose rows would tell the compiler how to split."""
+    run = Run(tiny(tmp_path, model=MODEL, mesh=Mesh(2, 4, 1)), tmp_path / "run")
+    struct = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32)
+    tokens = struct((64, 1025), sharding=run.batch_sharding)
+    stop = struct((8,), sharding=run.flag_sharding)
+    program = run.train_step.lower(run.abstract_state, tokens, stop).compile()
+    sent = hlo.sent(program.as_text())
+    # What each device holds of one array of activations is larger than them all.
+    assert 8 * 1024 * 32 > 6 * run.model.size
+    assert 0 < sum(sent.values()) < 4 * 4 * run.model.size
 
 
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(build, reference, tmp_path):
