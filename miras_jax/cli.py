@@ -1,4 +1,4 @@
-"""The command line: miras train, generate, evaluate, inspect, export, variants.
+"""The command line: miras train, compile, generate, evaluate, inspect and others.
 
 Nothing slow is imported before a command runs, so that help is instant. Mistakes of the
 user are one line on standard error and exit status 2; a diverged training exits with 3.
@@ -84,6 +84,16 @@ def _parser() -> argparse.ArgumentParser:
         "--distributed",
         action="store_true",
         help="one of several processes, found by jax.distributed.initialize()",
+    )
+
+    compile_for = command(
+        "compile", _compile, "Compile an experiment for a TPU slice that is not here."
+    )
+    compile_for.add_argument(
+        "file", metavar="FILE", help="Python file with experiment()"
+    )
+    compile_for.add_argument(
+        "--slice", required=True, metavar="SLICE", help="such as v5e:16x16"
     )
 
     generate = command("generate", _generate, "Write text with a trained model.")
@@ -211,6 +221,17 @@ def _train(arguments, argv: Sequence[str]) -> int:
     text = report.summary(run, run.restore("best"), _program())
     if speaks:
         print(f"\n{text}")
+    return 0
+
+
+def _compile(arguments, argv: Sequence[str]) -> int:
+    # What is compiled for is not here; what is here may belong to others.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from miras_jax.training import ahead, config
+
+    experiment = config.load_experiment(arguments.file)
+    compiled = ahead.compile_step(experiment, arguments.slice)
+    print(ahead.report(experiment, arguments.slice, compiled))
     return 0
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from miras_jax.nn import recipes
-from pallas_kernels.aot import tpu
+from pallas_kernels.aot import hlo, tpu
 from pallas_kernels.aot.case import Work
 from pallas_kernels.fused_scan.program import multiply_adds
 
@@ -73,7 +73,7 @@ def measure(name: str, chip: str) -> tuple[float, float, float]:
         products = multiply_adds(jax.make_jaxpr(both)(params, x, x).jaxpr)
     floor = tpu.floor(chip, Work(products, 0, 0, {}, {}))
     tokens = ROWS * LENGTH * HEADS
-    around = tpu.estimated_cycles(program.as_text()) / tokens
+    around = hlo.estimated_cycles(program.as_text()) / tokens
     size = program.memory_analysis().temp_size_in_bytes / 2**20
     return around, floor.matrix / tokens, size
 

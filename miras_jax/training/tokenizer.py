@@ -50,6 +50,8 @@ class Tokenizer(Protocol):
 class Bytes:
     """UTF-8 bytes as ids 0 to 255, end of text as 256: nothing to train."""
 
+    vocab_size = 257
+
     def train(self, texts: Iterable[str]) -> "ByteTokenizer":
         """Return the tokenizer; `texts` is not read."""
         return ByteTokenizer()

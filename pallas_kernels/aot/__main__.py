@@ -27,6 +27,7 @@ from importlib import import_module
 from pathlib import Path
 
 from pallas_kernels.aot import case as cases
+from pallas_kernels.aot import hlo
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,7 +120,7 @@ def _estimates(found, chip) -> dict[str, float]:
     estimates = {}
     for case in found:
         program = tpu.compile_for(chip, case.plain, *case.operands)
-        cycles = tpu.estimated_cycles(program.as_text())
+        cycles = hlo.estimated_cycles(program.as_text())
         estimates[case.name] = cycles / case.tokens
     return estimates
 

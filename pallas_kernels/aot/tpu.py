@@ -35,6 +35,8 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+    # Without any it complains; what is compiled for is said where it is asked for.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     # Several processes may compile at a time.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
@@ -58,16 +60,21 @@ def prepare(dump: str | None = None) -> None:
         os.environ["LIBTPU_INIT_ARGS"] = flags
 
 
-def topology(chip: str):
-    """The smallest set of the chips that can be compiled for; has `devices`."""
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name=CHIPS[chip].topology
-    )
+def topology(chip: str, shape: str | None = None):
+    """A slice of so many chips along each axis, such as 4x4; has `devices`.
+
+    None: the smallest that can be compiled for.
+    """
+    prepare()
+    name = CHIPS[chip].topology if shape is None else f"{chip}:{shape}"
+    # Hosts have four chips, unless there is only one.
+    one = shape is not None and set(shape.split("x")) == {"1"}
+    host = {"chips_per_host_bounds": (1, 1, 1)} if one else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **host)
 
 
 def compile_for(chip: str, function: Callable, *operands: Any):
     """The compiled program of a function for one device of a chip."""
-    prepare()
     sharding = SingleDeviceSharding(topology(chip).devices[0])
     operands = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), operands
@@ -170,35 +177,3 @@ def _times(code: str, loops: list[int]) -> list[int]:
     if depths or next(rounds, None) is not None:
         raise ValueError(f"the code has not the loops {loops} of its kernel")
     return times
-
-
-def estimated_cycles(hlo: str) -> int:
-    """What XLA itself expects a program to take: loop bodies times trip count."""
-    bodies = {}
-    name = None
-    for line in hlo.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = "ENTRY" if header[1] else header[2]
-            bodies[name] = []
-        elif name and line.startswith("  "):
-            bodies[name].append(line)
-
-    def trips(condition: str) -> int:
-        # Loops of scans count from 0 to the only constant of their condition.
-        text = "\n".join(bodies[condition])
-        (bound,) = re.findall(r" s32\[\]\S* constant\((\d+)\)", text)
-        return int(bound)
-
-    def cost(name: str) -> int:
-        total = 0
-        for line in bodies[name]:
-            if cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
-                total += int(cycles[1])
-            loop = re.search(
-                r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line
-            )
-            if loop:
-                total += cost(loop[2]) * trips(loop[1])
-        return total
-
-    return cost("ENTRY")

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.kernels import cases, layers
 from pallas_kernels import fused_scan
-from pallas_kernels.aot import tpu, work
+from pallas_kernels.aot import hlo, tpu, work
 from tests import kernels
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed")
@@ -108,7 +108,7 @@ def test_the_estimate_multiplies_loops_by_their_rounds():
             return jax.lax.scan(lambda c, _: (c @ c, None), x, length=rounds)[0]
 
         operand = jax.ShapeDtypeStruct((256, 256), np.float32)
-        return tpu.estimated_cycles(tpu.compile_for("v5e", run, operand).as_text())
+        return hlo.estimated_cycles(tpu.compile_for("v5e", run, operand).as_text())
 
     assert 8 < cycles(300) / cycles(30) < 12
 

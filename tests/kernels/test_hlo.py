@@ -1,0 +1,46 @@
+"""What is read off the text of compiled programs."""
+
+import pytest
+
+from pallas_kernels.aot import hlo
+
+PROGRAM = """
+%piece.1 (p: bf16[1,64]) -> bf16[4,64] {
+  %all-gather.1 = bf16[4,64]{1,0} all-gather(%p), channel_id=7, replica_groups=GROUPS
+}
+
+%piece.2 (p: bf16[1,64]) -> bf16[4,64] {
+  %all-gather.2 = bf16[4,64]{1,0} all-gather(%p), channel_id=7, replica_groups=GROUPS
+}
+
+%condition (c: (s32[])) -> pred[] {
+  %bound = s32[] constant(10)
+}
+
+%body (c: (s32[])) -> (s32[]) {
+  %fusion.1 = bf16[4,64]{1,0} fusion(%a), kind=kLoop, calls=%piece.1
+  %fusion.2 = bf16[4,64]{1,0} fusion(%a), kind=kLoop, calls=%piece.2
+  %start = (bf16[8], bf16[8], u32[], u32[]) collective-permute-start(%b), channel_id=8
+  %done = bf16[8]{0} collective-permute-done(%start)
+}
+
+ENTRY %main (p: f32[]) -> f32[] {
+  %loop = (s32[]) while(%t), condition=%condition, body=%body
+  %sum = (f32[100]{0}, f32[]) all-reduce(%x, %y), channel_id=9, replica_groups=GROUPS
+  %part = f32[25]{0} reduce-scatter(%x), channel_id=10, replica_groups=GROUPS
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "groups",
+    ["{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]", "mesh['x'=2,'y'=2,'z'=2] {'x','z'}"],
+)
+def test_bytes_of_collectives(groups):
+    """Of four devices, in a loop of ten rounds; what is in pieces counts once."""
+    assert hlo.sent(PROGRAM.replace("GROUPS", groups)) == {
+        "all-gather": 10 * 512 * 3 // 4,
+        "collective-permute": 10 * 16,
+        "all-reduce": 2 * 404 * 3 // 4,
+        "reduce-scatter": 100 * 3,
+    }
