@@ -32,14 +32,14 @@ def sent(hlo: str) -> dict[str, int]:
 
     Counted for rings of n devices: an all-gather sends (n - 1) / n of its result, and
     so does an all-to-all; a reduce-scatter n - 1 results; an all-reduce both of them.
+    A loop until something holds, of no fixed length, counts as one round.
     """
     bodies = _bodies(hlo)
     found: dict[str, tuple[str, float]] = {}
 
     def walk(name: str, times: int) -> None:
         for line in bodies[name]:
-            loops = dict(_loops(bodies, line))
-            for body, rounds in loops.items():
+            for body, rounds in _loops(bodies, line):
                 walk(body, times * rounds)
             for group in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
                 walk(group, times)
@@ -78,8 +78,8 @@ def _loops(bodies: dict[str, list[str]], line: str) -> Iterator[tuple[str, int]]
     if loop:
         # Loops of scans count from 0 to the only constant of their condition.
         text = "\n".join(bodies[loop[1]])
-        (bound,) = re.findall(r" s32\[\]\S* constant\((\d+)\)", text)
-        yield loop[2], int(bound)
+        bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", text)
+        yield loop[2], int(bounds[0]) if len(bounds) == 1 else 1
 
 
 def _moved(kind: str, result: str, line: str) -> float:

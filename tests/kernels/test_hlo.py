@@ -32,6 +32,11 @@ ENTRY %main (p: f32[]) -> f32[] {
 """
 
 
+def test_a_loop_of_no_fixed_length_counts_once():
+    text = PROGRAM.replace("constant(10)", "parameter(0)").replace("GROUPS", "[2,4]")
+    assert hlo.sent(text)["collective-permute"] == 16
+
+
 @pytest.mark.parametrize(
     "groups",
     ["{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]", "mesh['x'=2,'y'=2,'z'=2] {'x','z'}"],
