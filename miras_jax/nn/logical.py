@@ -32,8 +32,9 @@ def placed(place: Place) -> Iterator[None]:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """An activation, split over the mesh that is traced for, if any, as its axes say.
 
-    Without these the compiler splits activations as it finds the parameters, along the
-    width, and every product ends in a sum over devices.
+    Without these, and where no kernel tells it otherwise, the compiler splits
+    activations as it finds the parameters, along the width, and every product ends in a
+    sum over devices.
     """
     place = _PLACE.get()
     return x if place is None else place(x, axes)

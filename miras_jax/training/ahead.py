@@ -43,11 +43,7 @@ def compile_step(experiment: Experiment, slice_name: str) -> Compiled:
     run = Run(experiment, "runs/none")
     run.mesh = sharding.make_mesh(experiment.mesh, devices)
     run.model = FunctionalModel(experiment.model, experiment.data.tokenizer.vocab_size)
-    if experiment.batch_size % run.row_parts:
-        raise UserError(
-            f"batch_size={experiment.batch_size} cannot be split over {run.row_parts} "
-            "devices along data and fsdp; use a multiple of it"
-        )
+    run.check_rows()
     length = experiment.data.context_length
     packed = experiment.data.documents == "packed"
     carried = experiment.windows == "consecutive"

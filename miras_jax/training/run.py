@@ -107,6 +107,15 @@ class Run:
         """In how many parts the mesh splits a batch."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
+    def check_rows(self) -> None:
+        """UserError if the mesh does not divide the rows of a batch."""
+        if self.experiment.batch_size % self.row_parts:
+            raise UserError(
+                f"batch_size={self.experiment.batch_size} cannot be split over "
+                f"{self.row_parts} devices along data and fsdp; use a multiple of "
+                f"{self.row_parts}"
+            )
+
     @cached_property
     def rows_here(self) -> np.ndarray:
         """The rows of a batch that lie on devices of this process, in order."""

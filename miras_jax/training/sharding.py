@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from miras_jax.errors import UserError
 from miras_jax.nn.logical import placed
 from miras_jax.training.config import Mesh
-from pallas_kernels.fused_scan import split_over
+from pallas_kernels.fused_scan import devices_along, split_over
 
 RULES = {
     "batch": ("data", "fsdp"),
@@ -57,7 +57,7 @@ def on_mesh(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
         if mesh.size == 1:
             return x
         names = (
-            name if name and size % _devices(mesh, name) == 0 else None
+            name if name and size % devices_along(mesh, name) == 0 else None
             for size, name in zip(x.shape, map(RULES.get, axes), strict=True)
         )
         split = NamedSharding(mesh, P(*names))
@@ -69,11 +69,6 @@ def on_mesh(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
             return function(*arguments)
 
     return traced
-
-
-def _devices(mesh: jax.sharding.Mesh, names: str | tuple[str, ...]) -> int:
-    names = (names,) if isinstance(names, str) else names
-    return math.prod(mesh.shape[name] for name in names)
 
 
 def data_part(devices: np.ndarray, process: int) -> tuple[int, int]:

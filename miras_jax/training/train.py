@@ -264,12 +264,7 @@ def _claim(run: Run) -> None:
                 f"{difference}; give another --workdir, or continue it with its own "
                 "experiment file"
             )
-    if run.experiment.batch_size % run.row_parts:
-        raise UserError(
-            f"batch_size={run.experiment.batch_size} cannot be split over "
-            f"{run.row_parts} devices along data and fsdp; use a multiple of "
-            f"{run.row_parts}"
-        )
+    run.check_rows()
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(serial.to_json(run.experiment), indent=1))
     temporary.replace(path)

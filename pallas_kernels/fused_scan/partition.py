@@ -57,7 +57,7 @@ def by_batch(
     for first, name in enumerate(split.axes):
         for axis in range(first, len(sizes)):
             free = name and names[axis] is None
-            if free and sizes[axis] % _devices(split.mesh, name) == 0:
+            if free and sizes[axis] % devices_along(split.mesh, name) == 0:
                 names[axis] = name
                 break
 
@@ -73,6 +73,7 @@ def by_batch(
     )
 
 
-def _devices(mesh: Mesh, names: Names) -> int:
+def devices_along(mesh: Mesh, names: Names) -> int:
+    """How many devices a mesh has along an axis, or several."""
     names = (names,) if isinstance(names, str) else names
     return prod(mesh.shape[name] for name in names)
