@@ -32,7 +32,9 @@ def sent(hlo: str) -> dict[str, int]:
 
     Counted for rings of n devices: an all-gather sends (n - 1) / n of its result, and
     so does an all-to-all; a reduce-scatter n - 1 results; an all-reduce both of them.
-    A loop until something holds, of no fixed length, counts as one round.
+    A reduce-scatter of a TPU is printed as a fusion of an all-reduce and the slice that
+    a device keeps of it. A loop until something holds, of no fixed length, counts as
+    one round.
     """
     bodies = _bodies(hlo)
     found: dict[str, tuple[str, float]] = {}
@@ -48,9 +50,11 @@ def sent(hlo: str) -> dict[str, int]:
                 # meanwhile, have one channel.
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = channel[1] if channel else line
-                size = times * _moved(match["kind"], match["result"], line)
-                kind, before = found.get(key, (match["kind"], 0))
-                found[key] = kind, max(size, before)
+                kind, size = match["kind"], _moved(match["kind"], match["result"], line)
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    kind, size = "reduce-scatter", size / 2
+                _, before = found.get(key, (kind, 0))
+                found[key] = kind, max(times * size, before)
 
     walk("ENTRY", 1)
     total: dict[str, float] = {}
@@ -78,7 +82,7 @@ def _loops(bodies: dict[str, list[str]], line: str) -> Iterator[tuple[str, int]]
     if loop:
         # Loops of scans count from 0 to the only constant of their condition.
         text = "\n".join(bodies[loop[1]])
-        bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", text)
+        bounds = re.findall(r" [su]32\[\]\S* constant\((\d+)\)", text)
         yield loop[2], int(bounds[0]) if len(bounds) == 1 else 1
 
 

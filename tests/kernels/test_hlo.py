@@ -13,6 +13,11 @@ PROGRAM = """
   %all-gather.2 = bf16[4,64]{1,0} all-gather(%p), channel_id=7, replica_groups=GROUPS
 }
 
+%all-reduce-scatter.1 (p: bf16[4,64]) -> bf16[1,64] {
+  %all-reduce.1 = bf16[4,64]{1,0} all-reduce(%p), channel_id=11, replica_groups=GROUPS
+  ROOT %kept = bf16[1,64]{1,0} dynamic-slice(%all-reduce.1, %i)
+}
+
 %condition (c: (s32[])) -> pred[] {
   %bound = s32[] constant(10)
 }
@@ -27,6 +32,7 @@ PROGRAM = """
 ENTRY %main (p: f32[]) -> f32[] {
   %loop = (s32[]) while(%t), condition=%condition, body=%body
   %sum = (f32[100]{0}, f32[]) all-reduce(%x, %y), channel_id=9, replica_groups=GROUPS
+  %kept = bf16[1,64]{1,0} fusion(%d), kind=kCustom, calls=%all-reduce-scatter.1
   %part = f32[25]{0} reduce-scatter(%x), channel_id=10, replica_groups=GROUPS
 }
 """
@@ -47,5 +53,10 @@ def test_bytes_of_collectives(groups):
         "all-gather": 10 * 512 * 3 // 4,
         "collective-permute": 10 * 16,
         "all-reduce": 2 * 404 * 3 // 4,
-        "reduce-scatter": 100 * 3,
+        "reduce-scatter": 100 * 3 + 512 * 3 // 4,
     }
+
+
+def test_loops_that_count_in_unsigned_numbers():
+    text = PROGRAM.replace("%bound = s32[]", "%bound = u32[]")
+    assert hlo.sent(text) == hlo.sent(PROGRAM)
