@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -71,6 +72,52 @@ def by_batch(
         out_specs=P(*names),
         check_vma=False,
     )
+
+
+def own_consts(step: Callable, carry: Any, xs: Any, consts: Any) -> Any:
+    """The constants of a scan, on several devices with the vmapped axes of its carry.
+
+    Their gradients are sums over what is vmapped, hence over devices, and a scan that
+    shares them takes such a sum in every chunk, where one after all chunks is enough.
+    """
+    if _SPLIT.get() is None:
+        return consts
+    # Never computed: only which axes it has is of interest.
+    after, _ = step(carry, jax.tree.map(lambda x: x[0], xs), consts)
+    scalars = [jnp.ravel(x)[0] for x in jax.tree.leaves(after) if jnp.size(x)]
+
+    def own(x):
+        return (
+            _own(x, scalars) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
+        )
+
+    return jax.tree.map(own, consts)
+
+
+@jax.custom_vjp
+def _own(x: jax.Array, carried: list[jax.Array]) -> jax.Array:
+    return _spread(x, carried)
+
+
+# Under vmap the sum of d over those that share an x is taken outside of this.
+_own.defvjp(
+    lambda x, carried: (_own(x, carried), None),
+    lambda _, d: (d, None),
+)
+
+
+@jax.custom_batching.custom_vmap
+def _spread(x, carried):
+    return x
+
+
+@_spread.def_vmap
+def _spread_along_an_axis(size, has_axis, x, carried):
+    own, others = has_axis[0], any(has_axis[1])
+    if others and not own:
+        x = jnp.broadcast_to(x, (size, *x.shape))
+    # Once more, for the vmaps around this one.
+    return _spread(x, carried), own or others
 
 
 def devices_along(mesh: Mesh, names: Names) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.fused_scan.partition import own_consts
+
 
 def _is_solution(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive is jax.lax.while_p
@@ -18,6 +20,7 @@ def fused_scan(step: Callable, carry: Any, xs: Any, consts: Any) -> tuple[Any, A
     one carry per chunk and not by what a step computes inside; but for the results of
     loops that end where their data say, iterative solutions, which are kept.
     """
+    consts = own_consts(step, carry, xs, consts)
 
     @partial(jax.checkpoint, policy=_is_solution)
     def body(carry, x):

@@ -1,6 +1,7 @@
 """The same training on every mesh and over processes, and parameters really split."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from miras_jax import Rule, memory
+from miras_jax import Rule, memory, variants
 from miras_jax.errors import UserError
 from miras_jax.nn.attention import Attention
 from miras_jax.nn.miras import Miras
@@ -150,16 +151,33 @@ def test_kernels_are_split_by_rows_and_heads():
 
 
 def test_parameters_are_sent_and_activations_stay(tmp_path):
-    """Without kernels, too, whose rows would tell the compiler how to split."""
-    run = Run(tiny(tmp_path, model=MODEL, mesh=Mesh(2, 4, 1)), tmp_path / "run")
-    struct = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32)
-    tokens = struct((64, 1025), sharding=run.batch_sharding)
-    stop = struct((8,), sharding=run.flag_sharding)
-    program = run.train_step.lower(run.abstract_state, tokens, stop).compile()
-    sent = hlo.sent(program.as_text())
+    """Without kernels, too, whose rows would tell the compiler how to split.
+
+    And what a memory learns is summed over devices once, not in every chunk.
+    """
+    yaad = dataclasses.replace(variants.yaad(), chunk_size=8)
+    model = Model(width=32, depth=1, mixers=(Miras(yaad, num_heads=2),))
+    experiment = tiny(
+        tmp_path,
+        model=model,
+        mesh=Mesh(2, 4, 1),
+        batch_size=64,
+        windows="consecutive",
+    )
+    run = Run(experiment, tmp_path / "run")
+
+    def sent(length):
+        struct = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32)
+        tokens = struct((64, 2, length + 1), sharding=run.batch_sharding)
+        stop = struct((8,), sharding=run.flag_sharding)
+        program = run.train_step.lower(run.abstract_state, tokens, stop).compile()
+        return sum(hlo.sent(program.as_text()).values())
+
     # What each device holds of one array of activations is larger than them all.
     assert 8 * 1024 * 32 > 6 * run.model.size
-    assert 0 < sum(sent.values()) < 4 * 4 * run.model.size
+    whole = sent(1024)
+    assert 0 < whole < 4 * 4 * run.model.size
+    assert whole == pytest.approx(sent(64), rel=0.01)
 
 
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(build, reference, tmp_path):
