@@ -60,6 +60,10 @@ class Experiment(Choice):
     lets each row of the batch walk through the text from window to window and carries
     the model's state along: backpropagation through time, truncated at the window's
     edge (docs/sequences.md).
+
+    accumulation: a batch is read in so many parts, one after another, and their
+    gradients are summed: the same training in the memory of one part (gradient
+    accumulation).
     """
 
     model: Model
@@ -74,9 +78,16 @@ class Experiment(Choice):
     guard: Guard = Guard()
     mesh: Mesh = Mesh()
     windows: Literal["shuffled", "consecutive"] = "shuffled"
+    accumulation: int = 1
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "evaluate_every", "checkpoint_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "evaluate_every",
+            "checkpoint_every",
+            "accumulation",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(
                     f"Experiment.{name} must be at least 1; got {getattr(self, name)}"

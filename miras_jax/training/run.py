@@ -108,12 +108,14 @@ class Run:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def check_rows(self) -> None:
-        """UserError if the mesh does not divide the rows of a batch."""
-        if self.experiment.batch_size % self.row_parts:
+        """UserError if mesh and accumulation do not divide the rows of a batch."""
+        parts = self.experiment.accumulation
+        if self.experiment.batch_size % (self.row_parts * parts):
             raise UserError(
                 f"batch_size={self.experiment.batch_size} cannot be split over "
-                f"{self.row_parts} devices along data and fsdp; use a multiple of "
-                f"{self.row_parts}"
+                f"{self.row_parts} devices along data and fsdp"
+                + (f" in {parts} parts each" if parts > 1 else "")
+                + f"; use a multiple of {self.row_parts * parts}"
             )
 
     @cached_property
@@ -248,6 +250,7 @@ class Run:
             step.schedule(experiment.optimizer, experiment.steps),
             experiment.guard,
             self.walk,
+            experiment.accumulation,
         )
         return jax.jit(
             sharding.on_mesh(self.mesh, function),
@@ -282,9 +285,13 @@ class Run:
 
     @cached_property
     def evaluation_rows(self) -> int:
-        """Of a batch. A run that was trained elsewhere may have one that these devices
-        do not divide; evaluation does not depend on it."""
-        return -(-self.experiment.batch_size // self.row_parts) * self.row_parts
+        """Of a batch: as many as training reads at a time.
+
+        A run that was trained elsewhere may have some that these devices do not divide;
+        evaluation does not depend on it.
+        """
+        rows = -(-self.experiment.batch_size // self.experiment.accumulation)
+        return -(-rows // self.row_parts) * self.row_parts
 
     @cached_property
     def evaluation_start(self):

@@ -8,6 +8,7 @@ import optax
 
 from miras_jax.nn.functional import FunctionalModel, Parameters
 from miras_jax.training.config import Guard, Optimizer
+from miras_jax.training.loss import loss_and_gradients, token_losses
 
 LOSS_AVERAGE_DECAY = 0.95
 """Of the running mean of the loss that the guard compares with: about 20 steps."""
@@ -110,45 +111,13 @@ def _strong(tree):
     return jax.tree.map(lambda x: x.astype(x.dtype), tree)
 
 
-def token_losses(
-    model: FunctionalModel, parameters: Parameters, rows: jax.Array, carry: Any = None
-) -> tuple[jax.Array, Any]:
-    """Negative log-likelihood in nats of tokens 1 ... L of `[B, L + 1]`: `[B, L]`.
-
-    Of packed documents `[B, 2, L + 1]`, tokens and segment ids, each document is read
-    as if it were alone. With a carry reading goes on from it; also the one after these
-    tokens.
-    """
-    tokens, segment_ids = split_rows(rows)
-    logits, carry = model.apply(parameters, tokens[:, :-1], carry, segment_ids)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return losses, carry
-
-
-def split_rows(rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Tokens `[B, L + 1]`, and the segment ids `[B, L]` of what is read, if any."""
-    return (rows, None) if rows.ndim == 2 else (rows[:, 0], rows[:, 1, :-1])
-
-
-def mean_loss(
-    model: FunctionalModel, parameters: Parameters, rows: jax.Array, carry: Any = None
-) -> tuple[jax.Array, Any]:
-    """Nats per predicted token (none after padding), and the carry."""
-    losses, carry = token_losses(model, parameters, rows, carry)
-    _, segment_ids = split_rows(rows)
-    if segment_ids is None:
-        return jnp.mean(losses), carry
-    predicted = segment_ids != 0
-    total = jnp.sum(jnp.where(predicted, losses, 0))
-    return total / jnp.maximum(jnp.sum(predicted), 1), carry
-
-
 def train_step(
     model: FunctionalModel,
     optimizer: optax.GradientTransformation,
     rate: optax.Schedule,
     guard: Guard,
     walk: Walk | None,
+    parts: int,
     state: TrainState,
     tokens: jax.Array,
     stop: jax.Array,
@@ -160,15 +129,14 @@ def train_step(
     here: no gradient goes beyond the window's edge. After a skipped update all rows
     begin anew, as the state may be what was no good.
 
+    parts: in which the batch is read, one after another (gradient accumulation).
+
     stop `[devices]`: 1 where a process was asked to stop; the sum reaches all of them
     in the same step.
     """
 
-    def loss_of(parameters):
-        return mean_loss(model, parameters, tokens, state.carry)
-
-    (loss, carry), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-        state.parameters
+    (loss, carry), gradients = loss_and_gradients(
+        model, state.parameters, tokens, state.carry, parts
     )
     norm = optax.tree.norm(gradients)
     first = state.step == state.skipped

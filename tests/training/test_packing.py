@@ -14,8 +14,8 @@ from miras_jax.nn.model import Model
 from miras_jax.training import data
 from miras_jax.training.config import Experiment
 from miras_jax.training.data import TextFiles
+from miras_jax.training.loss import loss_and_gradients, token_losses
 from miras_jax.training.packing import PackedWindows
-from miras_jax.training.step import mean_loss, token_losses
 from miras_jax.training.tokenizer import Bytes
 from tests.core import jit
 
@@ -103,7 +103,7 @@ def test_the_loss_of_a_packed_row_is_that_of_its_documents():
     tokens = corpus()[: sum(LENGTHS[:2])]
     windows = PackedWindows(tokens, 16, 4, END)
     assert len(windows) == 1
-    loss = jit(lambda p, rows: mean_loss(model, p, rows)[0])
+    loss = jit(lambda p, rows: loss_and_gradients(model, p, rows)[0][0])
     alone = jit(lambda p, row: token_losses(model, p, row)[0])
     losses = []
     for document in np.split(tokens, LENGTHS[:1]):

@@ -19,6 +19,7 @@ from miras_jax.nn.model import Model
 from miras_jax.training import data, step
 from miras_jax.training import train as train_module
 from miras_jax.training.config import Guard
+from miras_jax.training.loss import token_losses
 from miras_jax.training.packing import PackedWindows
 from miras_jax.training.step import Walk
 from miras_jax.training.train import train
@@ -101,7 +102,7 @@ STILL, WALK = optax.set_to_zero(), Walk(BATCH, LENGTH)
 def program(model):
     """A step that changes no parameters, compiled once."""
     take_step = functools.partial(
-        step.train_step, model, STILL, lambda n: 0.0, Guard(), WALK
+        step.train_step, model, STILL, lambda n: 0.0, Guard(), WALK, 1
     )
     return jit(lambda state, tokens: take_step(state, tokens, jnp.zeros(1)))
 
@@ -134,7 +135,7 @@ def walked(model):
 
 def test_windows_are_read_as_one_text(model, walked):
     (losses, _, state), whole = walked
-    expected, _ = jit(lambda p, rows: step.token_losses(model, p, rows))(
+    expected, _ = jit(lambda p, rows: token_losses(model, p, rows))(
         state.parameters, whole
     )
     expected = np.asarray(expected).reshape(BATCH, 3, LENGTH).mean((0, 2))
@@ -151,7 +152,8 @@ def test_gradients_end_at_the_windows_edge(model, walked):
             cache = model.start(parameters, BATCH, LENGTH)
             _, cache = model.apply(parameters, whole[:, :LENGTH], cache)
             second = whole[:, LENGTH : 2 * LENGTH + 1]
-            return step.mean_loss(model, parameters, second, cut(cache))[0]
+            losses, _ = token_losses(model, parameters, second, cut(cache))
+            return jnp.mean(losses)
 
         return optax.tree.norm(jit(jax.grad(loss))(state.parameters)).item()
 
@@ -173,7 +175,7 @@ def test_documents_begin_anew_wherever_windows_are_cut(model):
     losses, _, state = stepped(model, rows)
     counts = np.sum(rows[:, 0, 1, :-1] != 0, axis=1)
     total = 0.0
-    alone = jit(lambda p, row: step.token_losses(model, p, row)[0])
+    alone = jit(lambda p, row: token_losses(model, p, row)[0])
     for document in documents:
         row = np.append(document, END)[None].astype(np.int32)
         total += np.sum(np.asarray(alone(state.parameters, row)))
