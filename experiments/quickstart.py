@@ -9,8 +9,9 @@ from pathlib import Path
 from miras_jax import variants
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Model
-from miras_jax.training.config import Experiment, Optimizer
+from miras_jax.training.config import Experiment
 from miras_jax.training.data import TextFiles
+from miras_jax.training.optimizer import AdamW
 from miras_jax.training.tokenizer import BPE
 
 AUSTEN = Path(__file__).parent / "data" / "austen"
@@ -34,7 +35,7 @@ def experiment() -> Experiment:
             context_length=256,
             tokenizer=BPE(vocab_size=2048),
         ),
-        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=20),
+        optimizer=AdamW(learning_rate=3e-3, warmup_steps=20),
         steps=200,
         batch_size=8,
         evaluate_every=50,

@@ -17,8 +17,9 @@ from experiments.quickstart import TRAIN as NOVELS
 from miras_jax import variants
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Model
-from miras_jax.training.config import Experiment, Mesh, Optimizer
+from miras_jax.training.config import Experiment, Mesh
 from miras_jax.training.data import TextFiles
+from miras_jax.training.optimizer import AdamW
 from miras_jax.training.tokenizer import BPE
 
 TRAIN = tuple(str(AUSTEN / f"{name}.txt") for name in NOVELS)
@@ -40,7 +41,7 @@ def experiment() -> Experiment:
             context_length=4096,
             tokenizer=BPE(vocab_size=32_000),
         ),
-        optimizer=Optimizer(learning_rate=1.25e-3, warmup_steps=1000),
+        optimizer=AdamW(learning_rate=1.25e-3, warmup_steps=1000),
         steps=60_000,  # 30 billion tokens
         batch_size=128,
         evaluate_every=1000,

@@ -28,7 +28,8 @@ EXPERIMENT = textwrap.dedent(
     from miras_jax import variants
     from miras_jax.nn.miras import Miras
     from miras_jax.nn.model import Model
-    from miras_jax.training.config import Experiment, Optimizer
+    from miras_jax.training.config import Experiment
+    from miras_jax.training.optimizer import AdamW
     from miras_jax.training.data import TextFiles
     from miras_jax.training.tokenizer import Bytes
 
@@ -41,7 +42,7 @@ EXPERIMENT = textwrap.dedent(
                 context_length=32,
                 tokenizer=Bytes(),
             ),
-            optimizer=Optimizer(learning_rate=1e-2, warmup_steps=2),
+            optimizer=AdamW(learning_rate=1e-2, warmup_steps=2),
             steps=6,
             batch_size=8,
             evaluate_every=3,

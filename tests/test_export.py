@@ -17,7 +17,7 @@ from miras_jax.nn.attention import Attention
 from miras_jax.nn.functional import FunctionalModel
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Model
-from miras_jax.training.config import Optimizer
+from miras_jax.training.optimizer import AdamW
 from miras_jax.training.tokenizer import BPE, ByteTokenizer
 
 TEXT = "It was a truth that a single man must be in want of a wife. "
@@ -137,9 +137,9 @@ def test_what_describes_no_model_that_is_here_says_why(bytewise, file):
     altered(file, arrays={name: arrays[name] for name in [*arrays][1:]})
     with pytest.raises(UserError, match=f"does not fit .* {[*arrays][0]}: saved noth"):
         export.load(file)
-    kind = f"{Optimizer.__module__}.{Optimizer.__name__}"
+    kind = f"{AdamW.__module__}.{AdamW.__name__}"
     altered(file, model=json.dumps({"is": kind}))
-    with pytest.raises(UserError, match="no readable model in it: it is the Optimizer"):
+    with pytest.raises(UserError, match="no readable model in it: it is the AdamW"):
         export.load(file)
     altered(file, model=json.dumps({"is": "miras_jax.nowhere.Model"}))
     with pytest.raises(UserError, match="which cannot be imported here"):

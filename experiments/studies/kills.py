@@ -28,8 +28,9 @@ import numpy as np
 from miras_jax import variants
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Model
-from miras_jax.training.config import Experiment, Optimizer
+from miras_jax.training.config import Experiment
 from miras_jax.training.data import TextFiles
+from miras_jax.training.optimizer import AdamW
 from miras_jax.training.run import Run
 from miras_jax.training.tokenizer import Bytes
 
@@ -43,7 +44,7 @@ def experiment() -> Experiment:
     return Experiment(
         model=Model(width=64, depth=2, mixers=(Miras(variants.yaad(), num_heads=2),)),
         data=TextFiles(("train.txt",), ("heldout.txt",), 128, Bytes()),
-        optimizer=Optimizer(warmup_steps=10),
+        optimizer=AdamW(warmup_steps=10),
         steps=60,
         batch_size=8,
         evaluate_every=12,

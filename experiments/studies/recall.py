@@ -38,8 +38,9 @@ from miras_jax.nn.attention import Attention
 from miras_jax.nn.miras import Miras, default_rates
 from miras_jax.nn.model import Mixer, Model
 from miras_jax.nn.rates import Fixed, LowRank, Rate
-from miras_jax.training.config import Experiment, Optimizer
+from miras_jax.training.config import Experiment
 from miras_jax.training.data import TextFiles
+from miras_jax.training.optimizer import AdamW
 from miras_jax.training.run import Run
 from miras_jax.training.tokenizer import Bytes
 
@@ -114,7 +115,7 @@ def experiment(
     return Experiment(
         model=Model(width=64, depth=1, mixers=(MIXERS[name],)),
         data=data(folder, steps, pairs),
-        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50),
+        optimizer=AdamW(learning_rate=3e-3, warmup_steps=50),
         steps=steps,
         seed=seed,
         batch_size=BATCH,

@@ -13,23 +13,7 @@ from miras_jax.core.types import Choice
 from miras_jax.errors import UserError
 from miras_jax.nn.model import Model
 from miras_jax.training.data import TextFiles
-
-
-@dataclass(frozen=True, repr=False)
-class Optimizer(Choice):
-    """AdamW: linear warm-up, cosine decay to a fraction of the peak, clipped gradients.
-
-    Weight decay acts on projections and the embedding only: not on norms, biases,
-    convolutions or what a memory starts from.
-    """
-
-    learning_rate: float = 3e-3
-    warmup_steps: int = 100
-    final_fraction: float = 0.1
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip_norm: float = 1.0
+from miras_jax.training.optimizer import AdamW, Optimizer
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,7 +54,7 @@ class Experiment(Choice):
     data: TextFiles
     steps: int
     batch_size: int
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = AdamW()
     seed: int = 0
     evaluate_every: int = 100
     evaluate_windows: int | None = None  # held-out windows per evaluation; None: all

@@ -91,7 +91,7 @@ class Run:
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return step.make_optimizer(self.experiment.optimizer, self.experiment.steps)
+        return self.experiment.optimizer.transformation(self.experiment.steps)
 
     @cached_property
     def batch_sharding(self) -> NamedSharding:
@@ -156,13 +156,7 @@ class Run:
         init = partial(step.init_state, self.model, self.optimizer, self.walk)
         shapes = jax.eval_shape(init, jax.random.key(0))
         everywhere = jax.tree.map(lambda _: self.replicated, shapes)
-        moments = optax.tree_map_params(
-            self.optimizer,
-            lambda _, split: split,
-            shapes.optimizer,
-            self.parameter_shardings,
-            transform_non_params=lambda _: self.replicated,
-        )
+        moments = jax.tree.map_with_path(self._moment_sharding, shapes.optimizer)
         # A run that was trained elsewhere may have rows that these devices do not
         # divide; whoever reads it has no use for where they were left.
         whole = self.experiment.batch_size % self.row_parts
@@ -177,6 +171,14 @@ class Run:
             shapes,
             shardings,
         )
+
+    def _moment_sharding(self, path, moment: jax.ShapeDtypeStruct) -> NamedSharding:
+        """As the parameter that a part of the optimizer's state is of, if any."""
+        for name in (getattr(key, "key", None) for key in path):
+            parameter = self.model.shapes.get(name)
+            if parameter is not None and parameter.shape == moment.shape:
+                return self.parameter_shardings[name]
+        return self.replicated
 
     @cached_property
     def state_shardings(self) -> TrainState:
@@ -247,7 +249,7 @@ class Run:
             step.train_step,
             self.model,
             self.optimizer,
-            step.schedule(experiment.optimizer, experiment.steps),
+            experiment.optimizer.schedule(experiment.steps),
             experiment.guard,
             self.walk,
             experiment.accumulation,

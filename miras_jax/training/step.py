@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from miras_jax.nn.functional import FunctionalModel, Parameters
-from miras_jax.training.config import Guard, Optimizer
+from miras_jax.training.config import Guard
 from miras_jax.training.loss import loss_and_gradients, token_losses
 
 LOSS_AVERAGE_DECAY = 0.95
 """Of the running mean of the loss that the guard compares with: about 20 steps."""
-
-_DECAYED = ("weight", "embedding")
-"""Last parts of the names of parameters with weight decay."""
 
 
 class TrainState(NamedTuple):
@@ -38,39 +35,6 @@ class Metrics(NamedTuple):
     skipped: jax.Array
     skipped_in_row: jax.Array
     stop: jax.Array  # above 0 where any process was asked to stop
-
-
-def schedule(config: Optimizer, steps: int) -> optax.Schedule:
-    """Learning rate after n updates: linear warm-up, then a cosine."""
-    warmup = min(config.warmup_steps, max(steps - 1, 1))
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=max(steps, warmup + 1),
-        end_value=config.learning_rate * config.final_fraction,
-    )
-
-
-def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
-    """Clipped AdamW with the schedule and the weight-decay mask of `config`."""
-
-    def decayed(parameters):
-        return {
-            name: name.rsplit("/", 1)[-1] in _DECAYED and "convolution" not in name
-            for name in parameters
-        }
-
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-        ),
-    )
 
 
 class Walk(NamedTuple):

@@ -12,8 +12,9 @@ from miras_jax import variants
 from miras_jax.nn.functional import FunctionalModel
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Model
-from miras_jax.training.config import Experiment, Guard, Optimizer
+from miras_jax.training.config import Experiment, Guard
 from miras_jax.training.data import TextFiles
+from miras_jax.training.optimizer import AdamW
 from miras_jax.training.run import Run
 from miras_jax.training.tokenizer import Bytes
 
@@ -34,7 +35,7 @@ def tiny(folder: Path, **changes) -> Experiment:
         data=TextFiles(
             (str(folder / "train.txt"),), (str(folder / "heldout.txt"),), 32, Bytes()
         ),
-        optimizer=Optimizer(warmup_steps=4),
+        optimizer=AdamW(warmup_steps=4),
         steps=12,
         batch_size=8,
         evaluate_every=6,

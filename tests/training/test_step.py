@@ -5,12 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from miras_jax import variants
-from miras_jax.nn.functional import FunctionalModel
-from miras_jax.nn.miras import Miras
-from miras_jax.nn.model import Model
-from miras_jax.training import config, step
-from miras_jax.training.config import Optimizer
 from tests.training.runs import SharedRun, bad_batch, bits, tiny
 
 
@@ -93,45 +87,3 @@ def test_golden_first_step(one_step, tmp_path):
         "model, its initial values or the loss have changed. If that was meant, write "
         "the new numbers into GOLDEN and say so in CHANGELOG.md"
     )
-
-
-def test_schedule():
-    rate = step.schedule(Optimizer(learning_rate=2.0, warmup_steps=10), 110)
-    assert rate(0) == 0
-    assert rate(5) == pytest.approx(1.0)
-    assert rate(10) == pytest.approx(2.0)
-    assert rate(60) == pytest.approx((2.0 + 0.2) / 2)
-    assert rate(110) == pytest.approx(0.2)
-    # A warm-up longer than the run still ends with it.
-    assert step.schedule(Optimizer(learning_rate=2.0), 20)(19) == pytest.approx(2.0)
-
-
-RATES = ("learn", "keep", "threshold")
-
-
-def test_what_decays():
-    """With a gradient of zero all that moves a parameter is its decay."""
-    model = FunctionalModel(
-        Model(
-            width=32,
-            depth=2,
-            mixers=(Miras(variants.yaad(), num_heads=2),),
-            embedding="untied",
-        ),
-        257,
-    )
-    zero = {name: jnp.zeros(()) for name in model.shapes}
-    ones = jax.tree.map(jnp.ones_like, zero)
-    optimizer = step.make_optimizer(config.Optimizer(warmup_steps=1), 10)
-    # The first update has rate 0.
-    _, state = optimizer.update(zero, optimizer.init(ones), ones)
-    updates, _ = optimizer.update(zero, state, ones)
-    mixer = "groups/blocks/0/mixer"
-    rates = [f"rates/{r}/{p}" for r in RATES for p in ("down", "up")]
-    output = ("output/gate", "output/projection")
-    assert {name for name, update in updates.items() if jnp.any(update)} == {
-        "embedding",
-        "output/weight",
-        *(f"{mixer}/{name}/weight" for name in ("qkv", *output, *rates)),
-        *(f"groups/blocks/0/mlp/{name}/weight" for name in ("gate", "up", "down")),
-    }
