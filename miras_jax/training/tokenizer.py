@@ -1,12 +1,13 @@
 """Text to token ids and back: raw bytes, or byte-level BPE.
 
-`Bytes` and `BPE` are the choice, made in an experiment file; `train` turns the choice
-into a `Tokenizer`. Both kinds are lossless: `decode(encode(text)) == text`.
+`Bytes`, `BPE` and `TokenizerFile` are the choice, made in an experiment file; `train`
+turns the choice into a `Tokenizer`. All are lossless: `decode(encode(text)) == text`,
+but for a file that composes characters first (Unicode's NFC, as Qwen's does).
 """
 
 import codecs
+import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,8 @@ from typing import Protocol
 import numpy as np
 
 from miras_jax.errors import UserError
-
-_END_OF_TEXT = "<|endoftext|>"
-_WORD_END = re.compile(r"(?<=\S)[ \n]")
-# A group of pieces keeps every core busy and is small enough to keep memory flat.
-_PIECE_CHARACTERS = 65_536
-_GROUP_PIECES = 64
+from miras_jax.training import bpe
+from miras_jax.training.bpe import BPETokenizer
 
 
 class Tokenizer(Protocol):
@@ -31,6 +28,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """Return the int32 ids `[length]` of `text`; never the end-of-text id."""
+        ...
+
+    def encode_each(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yield the ids of each text in order: many short texts at a time."""
         ...
 
     def token_bytes(self, token: int) -> bytes:
@@ -56,6 +57,10 @@ class Bytes:
         """Return the tokenizer; `texts` is not read."""
         return ByteTokenizer()
 
+    def identity(self) -> dict:
+        """JSON of what decides the ids of a text, beside the text to learn from."""
+        return {"kind": "Bytes"}
+
 
 @dataclass(frozen=True)
 class BPE:
@@ -74,7 +79,7 @@ class BPE:
                 "end of text; use at least 257, or Bytes()"
             )
 
-    def train(self, texts: Iterable[str]) -> "BPETokenizer":
+    def train(self, texts: Iterable[str]) -> BPETokenizer:
         """Learn the merges from `texts`; the same texts give the same tokenizer."""
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -82,13 +87,44 @@ class BPE:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocab_size,
-            special_tokens=[_END_OF_TEXT],
+            special_tokens=[bpe.END_OF_TEXT],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        pieces = (piece for text in texts for piece in _pieces(text))
+        pieces = (piece for text in texts for piece in bpe.pieces(text))
         backend.train_from_iterator(pieces, trainer)
         return BPETokenizer(backend)
+
+    def identity(self) -> dict:
+        """JSON of what decides the ids of a text, beside the text to learn from."""
+        return {"kind": "BPE", "vocab_size": self.vocab_size}
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """A given byte-level BPE: a `tokenizer.json`, of a published model or of a run.
+
+    Its end of text is the first that it has of `<|endoftext|>`, `<|end_of_text|>`,
+    `</s>` and DeepSeek's. Text that spells a special token is read as text.
+
+    UserError, when it is first used: the file is missing or is no such tokenizer.
+    """
+
+    path: str
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included."""
+        return load(self.path).vocab_size
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        """Return the tokenizer; `texts` is not read."""
+        return load(self.path)
+
+    def identity(self) -> dict:
+        """JSON of what decides the ids of a text: the content, not the place."""
+        digest = hashlib.sha256(_read(self.path).encode()).hexdigest()
+        return {"kind": "TokenizerFile", "sha256": digest}
 
 
 class ByteTokenizer:
@@ -100,49 +136,18 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
+    def encode_each(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        return map(self.encode, texts)
+
     def token_bytes(self, token: int) -> bytes:
         return b"" if token == self.end_of_text else bytes([token])
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return _decode(self, tokens)
+        parts = (self.token_bytes(int(token)) for token in tokens)
+        return b"".join(parts).decode(errors="replace")
 
     def to_json(self) -> str:
         return '{"model": {"type": "Bytes"}}\n'
-
-
-class BPETokenizer:
-    """The tokenizer of `BPE`, around a byte-level `tokenizers.Tokenizer`."""
-
-    def __init__(self, backend):
-        # Text that happens to spell the end-of-text marker is still text.
-        backend.encode_special_tokens = True
-        byte_of = _byte_of_character()
-        tokens = (backend.id_to_token(i) for i in range(backend.get_vocab_size()))
-        self._backend = backend
-        self._token_bytes = [bytes(map(byte_of.__getitem__, token)) for token in tokens]
-        self.vocab_size = len(self._token_bytes)
-        self.end_of_text = backend.token_to_id(_END_OF_TEXT)
-        self._token_bytes[self.end_of_text] = b""
-
-    def encode(self, text: str) -> np.ndarray:
-        pieces = list(_pieces(text))
-        ids = [np.zeros(0, np.int32)]
-        for start in range(0, len(pieces), _GROUP_PIECES):
-            group = pieces[start : start + _GROUP_PIECES]
-            encoded = self._backend.encode_batch_fast(group)
-            ids += [np.asarray(piece.ids, np.int32) for piece in encoded]
-        return np.concatenate(ids)
-
-    def token_bytes(self, token: int) -> bytes:
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(f"id {token} is outside the vocabulary {self.vocab_size}")
-        return self._token_bytes[token]
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        return _decode(self, tokens)
-
-    def to_json(self) -> str:
-        return self._backend.to_str(pretty=True)
 
 
 class StreamDecoder:
@@ -169,16 +174,7 @@ def load(path: str | Path) -> Tokenizer:
 
     UserError: the file cannot be read, or is not such a tokenizer.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"cannot read the tokenizer {path}: {error.strerror}; "
-            "give the path of a saved tokenizer"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise _no_tokenizer(path, error) from error
-    return from_json(text, path)
+    return from_json(_read(path), path)
 
 
 def from_json(text: str, source: str | Path) -> Tokenizer:
@@ -197,38 +193,22 @@ def from_json(text: str, source: str | Path) -> Tokenizer:
         raise _no_tokenizer(source, error) from error
 
 
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot read the tokenizer {path}: {error.strerror}; "
+            "give the path of a saved tokenizer"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise _no_tokenizer(path, error) from error
+
+
 def _no_tokenizer(source: str | Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
     return UserError(
-        f"{source} is not a tokenizer saved by miras_jax or a byte-level BPE with "
-        f"{_END_OF_TEXT} ({error!r}); prepare the data again"
+        f"{source} is not a tokenizer saved by miras_jax or another lossless "
+        f"byte-level BPE ({type(error).__name__}: {reason}); give the tokenizer.json "
+        "of such a tokenizer, or, of a run's own, prepare the data again"
     )
-
-
-def _decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
-    parts = (tokenizer.token_bytes(int(token)) for token in tokens)
-    return b"".join(parts).decode(errors="replace")
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cut `text` only where byte-level BPE always starts a new word.
-
-    No word runs from a visible character into whitespace, so the ids are those of the
-    uncut text, while pieces are encoded in parallel and in bounded memory.
-    """
-    start = 0
-    while start < len(text):
-        cut = _WORD_END.search(text, start + _PIECE_CHARACTERS)
-        end = cut.start() if cut else len(text)
-        yield text[start:end]
-        start = end
-
-
-def _byte_of_character() -> dict[str, int]:
-    """The alphabet of byte-level BPE: one printable character for each byte.
-
-    Printable Latin-1 bytes stand for themselves, the other 68 for U+0100 onwards.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(others)}

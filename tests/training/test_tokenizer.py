@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from miras_jax.errors import UserError
+from miras_jax.training import bpe
 from miras_jax.training import tokenizer as tokenizers
 from miras_jax.training.tokenizer import BPE, Bytes, StreamDecoder
 
@@ -68,6 +69,27 @@ def test_save_and_load(tokenizer, text, tmp_path):
     np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))
 
 
+@pytest.mark.parametrize("group", [1, 7, 10**6])
+def test_many_texts_have_the_ids_of_each(tokenizer, group, monkeypatch):
+    monkeypatch.setattr(bpe, "_GROUP_CHARACTERS", group)
+    monkeypatch.setattr(bpe, "_PIECE_CHARACTERS", 9)
+    texts = [*TEXTS.values(), "", "", PROSE]
+    found = list(tokenizer.encode_each(iter(texts)))
+    assert len(found) == len(texts)
+    for ids, text in zip(found, texts, strict=True):
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+    assert list(tokenizer.encode_each([])) == []
+
+
+def test_no_more_texts_are_read_than_are_encoded_together(monkeypatch):
+    monkeypatch.setattr(bpe, "_GROUP_CHARACTERS", 20)
+    read = []
+    texts = (read.append(i) or "four" for i in range(100))
+    encoded = BPE(vocab_size=257).train([]).encode_each(texts)
+    assert len(next(encoded)) == 4
+    assert len(read) == 4
+
+
 def test_byte_ids_are_utf8():
     byte = Bytes().train([])
     assert byte.encode("A\u00e9").tolist() == [0x41, 0xC3, 0xA9]
@@ -98,8 +120,8 @@ INDENTED = "Chapter  the first\n\n\n    It is a truth   universally\n\n" * 20
 def test_bpe_pieces_do_not_change_the_ids(text, monkeypatch):
     trained = BPE(vocab_size=320).train([PROSE, INDENTED])
     whole = trained.encode(text)
-    monkeypatch.setattr(tokenizers, "_PIECE_CHARACTERS", 5)
-    monkeypatch.setattr(tokenizers, "_GROUP_PIECES", 2)
+    monkeypatch.setattr(bpe, "_PIECE_CHARACTERS", 5)
+    monkeypatch.setattr(bpe, "_GROUP_CHARACTERS", 12)
     np.testing.assert_array_equal(trained.encode(text), whole)
 
 
@@ -107,8 +129,8 @@ def test_bpe_pieces_do_not_change_the_ids(text, monkeypatch):
 def test_cutting_pieces_elsewhere_would_change_the_ids(wrong_cut, monkeypatch):
     trained = BPE(vocab_size=320).train([PROSE, INDENTED])
     whole = trained.encode(INDENTED)
-    monkeypatch.setattr(tokenizers, "_PIECE_CHARACTERS", 5)
-    monkeypatch.setattr(tokenizers, "_WORD_END", re.compile(wrong_cut))
+    monkeypatch.setattr(bpe, "_PIECE_CHARACTERS", 5)
+    monkeypatch.setattr(bpe, "_WORD_END", re.compile(wrong_cut))
     assert trained.encode(INDENTED).tolist() != whole.tolist()
 
 
