@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from miras_jax.training.hashes import sha256
+
 
 class Damage(Exception):
     """A step differs from what was saved; the message names the file."""
@@ -30,7 +32,7 @@ class Manifest(NamedTuple):
 def digests(folder: Path) -> dict[str, str]:
     """The sha256 of all files below `folder` by their path in it."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): _sha256(path) for path in files}
+    return {str(path.relative_to(folder)): sha256(path) for path in files}
 
 
 def write(path: Path, manifest: Manifest) -> None:
@@ -66,13 +68,8 @@ def verify(folder: Path, manifest: Manifest) -> None:
     """Raises Damage at the first file below `folder` that does not match."""
     for name, digest in manifest.files.items():
         try:
-            found = _sha256(folder / name)
+            found = sha256(folder / name)
         except OSError as error:
             raise Damage(f"{folder / name}: {error.strerror}") from error
         if found != digest:
             raise Damage(f"{folder / name}: not the bytes that were written")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
