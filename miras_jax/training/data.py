@@ -1,46 +1,35 @@
-"""Text files to batches of token windows.
+"""What a corpus is, and batches of token windows of it.
 
-`prepare` tokenises once into memory-mapped files; `train_batches` and
+`prepare.prepare` tokenises once into memory-mapped files; `train_batches` and
 `heldout_batches` cut them into windows of `context_length + 1` tokens, the last token
 of a window being the first of the next, so that each is predicted exactly once.
 Windows of packed documents also hold segment ids (see `packing`).
 """
 
-import contextlib
-import fcntl
-import glob
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from miras_jax.errors import UserError
-from miras_jax.training import tokenizer as tokenizers
 from miras_jax.training.packing import PackedWindows
-from miras_jax.training.tokenizer import BPE, Bytes, Tokenizer
+from miras_jax.training.tokenizer import BPE, Bytes, Tokenizer, TokenizerFile
 from miras_jax.training.windows import Walks, Windows, heldout_plan
 
 if TYPE_CHECKING:
     import grain
 
-# Part of every fingerprint: raise it when the same files would give other tokens.
-_FORMAT = 1
-_OUTPUTS = ("train.npy", "heldout.npy", "tokenizer.json")
-
 
 @dataclass(frozen=True)
 class TextFiles:
-    """UTF-8 text, one document per file.
+    """UTF-8 text, one document per file, line of a `.jsonl` or row of a `.parquet`.
 
     `train` and `heldout` are paths or globs (`**` included), relative to the working
-    directory. Each document follows an end-of-text token, so that its first token is
-    predicted too.
+    directory; text and JSON lines may end in `.gz`. Each document follows an
+    end-of-text token, so that its first token is predicted too.
+
+    field: of a JSON line, or the column of a Parquet file, that holds the text.
 
     documents: "joined" reads a window as one text, whatever documents it is made of;
     "packed" reads each document as if it were alone, from a place on that suits the
@@ -50,8 +39,9 @@ class TextFiles:
     train: tuple[str, ...]
     heldout: tuple[str, ...]
     context_length: int
-    tokenizer: Bytes | BPE
+    tokenizer: Bytes | BPE | TokenizerFile
     documents: Literal["joined", "packed"] = "joined"
+    field: str = "text"
 
     def __post_init__(self):
         if self.documents not in ("joined", "packed"):
@@ -74,8 +64,9 @@ class TextFiles:
 class Prepared:
     """A tokenised corpus: `train` and `heldout` are 1-D memory maps of token ids.
 
-    Bytes and words (separated by whitespace) are those of the source text. Equal
-    fingerprints mean equal text, tokenizer and windows.
+    Bytes and words (separated by whitespace) are those of the documents' text. Equal
+    fingerprints mean equal text, tokenizer and windows. Starts are where documents
+    begin, `[documents]`; None where tokens tell.
     """
 
     tokenizer: Tokenizer
@@ -87,87 +78,17 @@ class Prepared:
     heldout_words: int
     fingerprint: str
     documents: Literal["joined", "packed"] = "joined"
+    train_starts: np.ndarray | None = None
+    heldout_starts: np.ndarray | None = None
 
     def windows(self, split: Literal["train", "heldout"], alignment: int = 1):
         """Random access to the windows of a split; documents at multiples of it."""
         tokens = getattr(self, split)
         if self.documents == "joined":
             return Windows(tokens, self.context_length)
-        return PackedWindows(
-            tokens, self.context_length, alignment, self.tokenizer.end_of_text
-        )
-
-
-def prepare(config: TextFiles, directory: str | Path) -> Prepared:
-    """Tokenise into `directory`, or reuse what an equal preparation left there.
-
-    What is there counts only if the hashes of all sources and of all outputs match its
-    `prepared.json`, so an interrupted or damaged preparation is done again. Processes
-    of one machine that prepare the same directory wait for the first of them. The
-    tokenizer is trained on the train files alone.
-
-    UserError: files that are missing, empty, not UTF-8 or in both splits, a training
-    text shorter than one window, a directory that cannot be written.
-    """
-    sources = {split: _find(config, split) for split in ("train", "heldout")}
-    hashes = {split: [_sha256(p) for p in paths] for split, paths in sources.items()}
-    for path, digest in zip(sources["heldout"], hashes["heldout"], strict=True):
-        if digest in hashes["train"]:
-            raise UserError(
-                f"{path} is held out but its text is also trained on; "
-                "remove it from TextFiles.train"
-            )
-    choice = {"kind": type(config.tokenizer).__name__, **asdict(config.tokenizer)}
-    identity = [_FORMAT, hashes, config.context_length, choice]
-    if config.documents != "joined":
-        identity.append(config.documents)
-    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-    directory = Path(directory)
-    record = _matching_record(directory, fingerprint)
-    if record is None:
-        with _locked(directory):
-            # Another process may have done the work while this one waited.
-            record = _matching_record(directory, fingerprint)
-            if record is None:
-                record = {
-                    "fingerprint": fingerprint,
-                    "config": {**asdict(config), "tokenizer": choice},
-                    "sources": {
-                        split: dict(zip(map(str, paths), hashes[split], strict=True))
-                        for split, paths in sources.items()
-                    },
-                }
-                _tokenise(config, sources, record, directory)
-    return _open(directory, record)
-
-
-def load(directory: str | Path) -> Prepared:
-    """What `prepare` left in `directory`, without the texts that it came from.
-
-    UserError if it is missing or damaged.
-    """
-    directory = Path(directory)
-    record = _whole_record(directory)
-    if record is None:
-        raise UserError(
-            f"{directory} holds no whole prepared text; miras train prepares it again"
-        )
-    return _open(directory, record)
-
-
-def _open(directory: Path, record: dict) -> Prepared:
-    return Prepared(
-        tokenizer=tokenizers.load(directory / "tokenizer.json"),
-        context_length=record["config"]["context_length"],
-        train=np.load(directory / "train.npy", mmap_mode="r"),
-        heldout=np.load(directory / "heldout.npy", mmap_mode="r"),
-        train_bytes=record["train"]["bytes"],
-        heldout_bytes=record["heldout"]["bytes"],
-        heldout_words=record["heldout"]["words"],
-        fingerprint=record["fingerprint"],
-        documents=record["config"].get("documents", "joined"),
-    )
+        starts = getattr(self, f"{split}_starts")
+        end = self.tokenizer.end_of_text
+        return PackedWindows(tokens, self.context_length, alignment, end, starts)
 
 
 def train_batches(
@@ -282,118 +203,3 @@ def _rows_per_shard(batch_size: int, shard_index: int, shard_count: int) -> int:
             f"shards; use a positive multiple of {shard_count}"
         )
     return batch_size // shard_count
-
-
-def _find(config: TextFiles, split: str) -> list[Path]:
-    """The files of one split: patterns in the order given, sorted within a glob."""
-    patterns = getattr(config, split)
-    paths = []
-    for pattern in patterns:
-        exact = [pattern] if Path(pattern).is_file() else []
-        matches = exact or sorted(glob.glob(pattern, recursive=True))
-        found = [Path(match) for match in matches if Path(match).is_file()]
-        if not found:
-            raise UserError(
-                f"no file matches {pattern!r} (TextFiles.{split}) in {Path.cwd()}; "
-                "correct the path or start from the directory it is relative to"
-            )
-        paths += found
-    paths = list(dict.fromkeys(paths))
-    if not any(path.stat().st_size for path in paths):
-        raise UserError(
-            f"TextFiles.{split} holds no text ({len(paths)} files, all empty); "
-            "name at least one file that is not empty"
-        )
-    return paths
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, for example "
-            "with iconv -f latin1 -t utf-8"
-        ) from error
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock, which the system frees if its holder is killed."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "w")
-    except OSError as error:
-        raise UserError(
-            f"cannot write prepared data to {directory}: {error.strerror}; "
-            "choose a directory that can be written"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _tokenise(
-    config: TextFiles, sources: dict[str, list[Path]], record: dict, directory: Path
-) -> None:
-    """Write every output beside its place, then move all in; complete `record`."""
-    staging = directory / ".preparing"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    tokenizer = config.tokenizer.train(_read(path) for path in sources["train"])
-    (staging / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    for split, paths in sources.items():
-        documents, words = [], 0
-        for path in paths:
-            text = _read(path)
-            words += len(text.split())
-            ids = np.append(np.int32(tokenizer.end_of_text), tokenizer.encode(text))
-            documents.append(ids.astype(dtype))
-        tokens = np.concatenate(documents)
-        if split == "train" and len(tokens) <= config.context_length:
-            raise UserError(
-                f"the training text has {len(tokens)} tokens, one window needs "
-                f"{config.context_length + 1}; lower context_length or add text"
-            )
-        np.save(staging / f"{split}.npy", tokens)
-        record[split] = {
-            "bytes": sum(path.stat().st_size for path in paths),
-            "words": words,
-            "tokens": len(tokens),
-        }
-    record["outputs"] = {name: _sha256(staging / name) for name in _OUTPUTS}
-    record["seal"] = _seal(record)
-    (staging / "prepared.json").write_text(json.dumps(record, indent=2) + "\n")
-    for name in (*_OUTPUTS, "prepared.json"):
-        os.replace(staging / name, directory / name)
-    staging.rmdir()
-
-
-def _matching_record(directory: Path, fingerprint: str) -> dict | None:
-    """Return `prepared.json` if all there is whole and what `fingerprint` names."""
-    record = _whole_record(directory)
-    return record if record and record["fingerprint"] == fingerprint else None
-
-
-def _whole_record(directory: Path) -> dict | None:
-    """Return `prepared.json` if its seal and the hashes of all outputs are right."""
-    try:
-        record = json.loads((directory / "prepared.json").read_text())
-        whole = record["seal"] == _seal(record) and all(
-            record["outputs"][name] == _sha256(directory / name) for name in _OUTPUTS
-        )
-        return record if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _seal(record: dict) -> str:
-    """The hash of all of `record` but its seal."""
-    body = {name: value for name, value in record.items() if name != "seal"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

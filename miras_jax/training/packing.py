@@ -14,6 +14,8 @@ class PackedWindows:
 
     Ids number the documents from 1 and are 0 for padding, whose token is end-of-text:
     the last token of every document predicts its end, and no token another document.
+
+    starts: where in `tokens` documents begin; None: found by reading all of them.
     """
 
     def __init__(
@@ -22,12 +24,14 @@ class PackedWindows:
         context_length: int,
         alignment: int,
         end_of_text: int,
+        starts: np.ndarray | None = None,
     ):
         self._tokens = tokens
         self._context_length = context_length
         self._end_of_text = end_of_text
-        # Every document begins with an end-of-text token, and has no other.
-        starts = np.flatnonzero(np.asarray(tokens) == end_of_text)
+        if starts is None:
+            # Every document begins with an end-of-text token, and has no other.
+            starts = np.flatnonzero(np.asarray(tokens) == end_of_text)
         self._bounds = np.append(starts, len(tokens)).astype(np.int64)
         room = -(-np.diff(self._bounds) // alignment) * alignment
         self._places = np.append(0, np.cumsum(room))

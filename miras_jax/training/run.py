@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from miras_jax import compiler
 from miras_jax.errors import UserError
 from miras_jax.nn.functional import FunctionalModel
-from miras_jax.training import data, serial, sharding, step
+from miras_jax.training import data, prepare, serial, sharding, step
 from miras_jax.training.checkpoint import Checkpoints, Restored
 from miras_jax.training.config import Experiment, Mesh
 from miras_jax.training.step import TrainState, Walk
@@ -70,12 +70,12 @@ class Run:
         # Reading a run needs no particular mesh: use the devices that are here.
         run = cls(dataclasses.replace(experiment, mesh=Mesh()), workdir)
         # What it was trained on, whatever has become of the texts since.
-        run.prepared = data.load(run.workdir / "data")
+        run.prepared = prepare.load(run.workdir / "data")
         return run
 
     @cached_property
     def prepared(self) -> data.Prepared:
-        return data.prepare(self.experiment.data, self.workdir / "data")
+        return prepare.prepare(self.experiment.data, self.workdir / "data")
 
     @property
     def tokenizer(self) -> Tokenizer:

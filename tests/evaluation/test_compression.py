@@ -9,7 +9,8 @@ import pytest
 
 from miras_jax.evaluation import compression
 from miras_jax.evaluation.compression import COMPRESSORS, bits_per_byte, reference
-from miras_jax.training.data import TextFiles, prepare
+from miras_jax.training.data import TextFiles
+from miras_jax.training.prepare import prepare
 from miras_jax.training.tokenizer import BPE
 
 

@@ -14,7 +14,7 @@ from experiments.studies.recall_plot import plot
 from experiments.studies.rows import Rows, report, tabulate
 from miras_jax import variants
 from miras_jax.nn.functional import FunctionalModel
-from miras_jax.training.data import prepare
+from miras_jax.training.prepare import prepare
 from miras_jax.training.train import Diverged, Result
 
 

@@ -16,6 +16,7 @@ from miras_jax.training.config import Experiment
 from miras_jax.training.data import TextFiles
 from miras_jax.training.loss import loss_and_gradients, token_losses
 from miras_jax.training.packing import PackedWindows
+from miras_jax.training.prepare import load, prepare
 from miras_jax.training.tokenizer import Bytes
 from tests.core import jit
 
@@ -68,7 +69,7 @@ def config(tmp_path, monkeypatch):
 
 
 def test_batches_of_packed_documents_resume_exactly(config):
-    prepared = data.prepare(config, "data")
+    prepared = prepare(config, "data")
 
     def batches():
         return data.train_batches(prepared, batch_size=2, seed=1, alignment=8)
@@ -84,10 +85,8 @@ def test_batches_of_packed_documents_resume_exactly(config):
         np.testing.assert_array_equal(next(again), expected)
     whole.close(), again.close()
 
-    assert data.load("data").documents == "packed"
-    joined = data.prepare(
-        TextFiles(config.train, config.heldout, 16, Bytes()), "joined"
-    )
+    assert load("data").documents == "packed"
+    joined = prepare(TextFiles(config.train, config.heldout, 16, Bytes()), "joined")
     assert joined.fingerprint != prepared.fingerprint
     total = 0
     for tokens, weights in data.heldout_batches(prepared, 2, alignment=8):

@@ -14,12 +14,20 @@ import numpy as np
 import pytest
 
 from miras_jax.errors import UserError
-from miras_jax.training import data
-from miras_jax.training.data import TextFiles, prepare
+from miras_jax.training import prepare as module
+from miras_jax.training.data import TextFiles
+from miras_jax.training.prepare import prepare
 from miras_jax.training.tokenizer import BPE, Bytes
 
 AUSTEN = Path(__file__).parents[2] / "experiments" / "data" / "austen"
-OUTPUTS = ("train.npy", "heldout.npy", "tokenizer.json", "prepared.json")
+OUTPUTS = (
+    "train.npy",
+    "heldout.npy",
+    "tokenizer.json",
+    "train.starts.npy",
+    "heldout.starts.npy",
+    "prepared.json",
+)
 
 
 @pytest.fixture
@@ -151,9 +159,9 @@ def test_a_seal_without_its_fields_is_not_believed(config):
         assert path.read_text() == whole
 
 
-@pytest.mark.parametrize("moved", range(5))
+@pytest.mark.parametrize("moved", range(len(OUTPUTS) + 1))
 def test_an_interrupted_preparation_is_not_believed(config, monkeypatch, moved):
-    """Stop after 0 to 4 of the files were moved in, over an older preparation."""
+    """Stop after some of the files were moved in, over an older preparation."""
     prepare(dataclasses.replace(config, context_length=5, tokenizer=BPE(300)), "out")
     real, done = os.replace, []
 
@@ -171,9 +179,9 @@ def test_an_interrupted_preparation_is_not_believed(config, monkeypatch, moved):
         else:
             prepare(config, "out")
     calls = []
-    real_tokenise = data._tokenise
+    real_tokenise = module._tokenise
     monkeypatch.setattr(
-        data, "_tokenise", lambda *args: (calls.append(1), real_tokenise(*args))
+        module, "_tokenise", lambda *args: (calls.append(1), real_tokenise(*args))
     )
     prepared = prepare(config, "out")
     assert len(calls) == (moved < len(OUTPUTS))
@@ -186,13 +194,14 @@ def test_an_interrupted_preparation_is_not_believed(config, monkeypatch, moved):
 def test_a_killed_preparation_leaves_no_lock(config):
     script = (
         "import os, signal\n"
-        "from miras_jax.training.data import Bytes, TextFiles, prepare\n"
+        "from miras_jax.training.data import Bytes, TextFiles\n"
+        "from miras_jax.training.prepare import prepare\n"
         "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "prepare(TextFiles(('text/*.txt',), ('held.txt',), 8, Bytes()), 'out')\n"
     )
     killed = subprocess.run([sys.executable, "-c", script], timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    assert Path("out/.preparing/prepared.json").exists()
+    assert Path("out/.preparing/train.npy").exists()
     prepared = prepare(config, "out")
     assert prepared.heldout_words == 15
     assert not Path("out/.preparing").exists()
@@ -200,14 +209,14 @@ def test_a_killed_preparation_leaves_no_lock(config):
 
 def test_processes_that_prepare_together_tokenise_once(config, monkeypatch):
     calls, results = [], []
-    real = data._tokenise
+    real = module._tokenise
 
     def slow(*args):
         calls.append(1)
         time.sleep(0.2)
         real(*args)
 
-    monkeypatch.setattr(data, "_tokenise", slow)
+    monkeypatch.setattr(module, "_tokenise", slow)
     threads = [
         threading.Thread(target=lambda: results.append(prepare(config, "out")))
         for _ in range(3)
