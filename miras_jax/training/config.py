@@ -81,6 +81,11 @@ class Experiment(Choice):
                 "Experiment.windows is 'shuffled' or 'consecutive'; got "
                 f"{self.windows!r}"
             )
+        if self.data.shares and self.windows == "consecutive":
+            raise UserError(
+                "TextFiles.shares mixes shuffled windows, and consecutive ones follow "
+                "the text; leave shares out, or use windows='shuffled'"
+            )
         alignment, length = self.model.alignment, self.data.context_length
         packed = self.data.documents == "packed"
         if length % alignment and (packed or self.windows == "consecutive"):

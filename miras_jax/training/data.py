@@ -8,7 +8,7 @@ Windows of packed documents also hold segment ids (see `packing`).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,8 @@ class TextFiles:
     end-of-text token, so that its first token is predicted too.
 
     field: of a JSON line, or the column of a Parquet file, that holds the text.
+    shares: of the shuffled training windows that the files of each pattern in `train`
+    give, repeated as often as that needs; () takes every window as often as any other.
 
     documents: "joined" reads a window as one text, whatever documents it is made of;
     "packed" reads each document as if it were alone, from a place on that suits the
@@ -42,6 +44,7 @@ class TextFiles:
     tokenizer: Bytes | BPE | TokenizerFile
     documents: Literal["joined", "packed"] = "joined"
     field: str = "text"
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self):
         if self.documents not in ("joined", "packed"):
@@ -58,6 +61,29 @@ class TextFiles:
             raise UserError(
                 f"TextFiles.context_length is {self.context_length}; use at least 1"
             )
+        self._check_shares()
+
+    def _check_shares(self):
+        if not self.shares:
+            return
+        if len(self.shares) != len(self.train):
+            raise UserError(
+                f"TextFiles.shares has {len(self.shares)} numbers for "
+                f"{len(self.train)} patterns in train; give one for each"
+            )
+        if min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise UserError(
+                f"TextFiles.shares is {self.shares}; give positive numbers whose sum "
+                "is 1, and leave out patterns that are to have none"
+            )
+
+
+class Part(NamedTuple):
+    """Tokens of one train pattern, and its share of the training windows."""
+
+    begin: int
+    end: int
+    share: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +92,7 @@ class Prepared:
 
     Bytes and words (separated by whitespace) are those of the documents' text. Equal
     fingerprints mean equal text, tokenizer and windows. Starts are where documents
-    begin, `[documents]`; None where tokens tell.
+    begin, `[documents]`; None where tokens tell. Parts are those of a mixture.
     """
 
     tokenizer: Tokenizer
@@ -80,13 +106,25 @@ class Prepared:
     documents: Literal["joined", "packed"] = "joined"
     train_starts: np.ndarray | None = None
     heldout_starts: np.ndarray | None = None
+    parts: tuple[Part, ...] = ()
 
-    def windows(self, split: Literal["train", "heldout"], alignment: int = 1):
-        """Random access to the windows of a split; documents at multiples of it."""
-        tokens = getattr(self, split)
+    def windows(
+        self,
+        split: Literal["train", "heldout"],
+        alignment: int = 1,
+        part: Part | None = None,
+    ):
+        """Random access to the windows of a split; documents at multiples of it.
+
+        part: of the training text, to read nothing else.
+        """
+        tokens, starts = getattr(self, split), getattr(self, f"{split}_starts")
+        if part is not None:
+            first, last = np.searchsorted(starts, [part.begin, part.end])
+            tokens = tokens[part.begin : part.end]
+            starts = starts[first:last] - part.begin
         if self.documents == "joined":
             return Windows(tokens, self.context_length)
-        starts = getattr(self, f"{split}_starts")
         end = self.tokenizer.end_of_text
         return PackedWindows(tokens, self.context_length, alignment, end, starts)
 
@@ -103,6 +141,9 @@ def train_batches(
 ) -> "grain.experimental.ElasticIterator":
     """Iterate without end over shuffled windows, in a new order each epoch.
 
+    A mixture takes windows of its parts in turn, by their shares (to within one percent
+    of each), and each part has epochs of its own.
+
     walking: the rows of the global batch that this shard reads, if windows are to be
     consecutive along each row (see `Walks`); those come with segment ids always, and
     `seed` has no part in their order.
@@ -115,7 +156,8 @@ def train_batches(
     `shard_count`. A last stretch of text shorter than a window is not trained on,
     unless documents are packed.
 
-    UserError: `batch_size` does not fit the shards or exceeds the number of windows.
+    UserError: `batch_size` does not fit the shards or exceeds the number of windows; a
+    part of a mixture has no window.
     """
     import grain  # Slow to import, and only training needs it.
 
@@ -127,17 +169,36 @@ def train_batches(
             f"windows of {prepared.context_length} tokens; lower batch_size or "
             "context_length, or add text"
         )
-    if walking is None:
-        order = grain.MapDataset.source(windows).seed(seed).shuffle()
+    if walking is not None:
+        order = grain.MapDataset.source(Walks(windows, batch_size, walking)).repeat()
+    elif prepared.parts:
+        order = _mixture(prepared, alignment, seed)
     else:
-        order = grain.MapDataset.source(Walks(windows, batch_size, walking))
+        order = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
     return grain.experimental.ElasticIterator(
-        order.repeat(),
+        order,
         batch_size,
         grain.sharding.ShardOptions(shard_index, shard_count),
         # The buffer counts whole batches; grain's default of 500 can exhaust memory.
         read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=8),
     )
+
+
+def _mixture(prepared: Prepared, alignment: int, seed: int) -> "grain.MapDataset":
+    import grain
+
+    orders = []
+    for number, part in enumerate(prepared.parts):
+        windows = prepared.windows("train", alignment, part)
+        if not len(windows):
+            raise UserError(
+                f"TextFiles.train[{number}] has a share of the training windows but "
+                f"not one window of {prepared.context_length} tokens; add text to it, "
+                "or leave it out"
+            )
+        source = grain.MapDataset.source(windows).seed(seed + number)
+        orders.append(source.shuffle().repeat())
+    return grain.MapDataset.mix(orders, [part.share for part in prepared.parts])
 
 
 def heldout_batches(

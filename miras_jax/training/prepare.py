@@ -9,13 +9,12 @@ stats.json                              sizes and times of files that were hashe
 
 import contextlib
 import fcntl
-import glob
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
@@ -23,10 +22,11 @@ import numpy as np
 
 from miras_jax.errors import UserError
 from miras_jax.training import tokenizer as tokenizers
-from miras_jax.training.data import Prepared, TextFiles
+from miras_jax.training.data import Part, Prepared, TextFiles
 from miras_jax.training.documents import documents, kind
 from miras_jax.training.hashes import Hashes, seal
 from miras_jax.training.npy import NpyWriter
+from miras_jax.training.sources import find, no_text
 from miras_jax.training.tokenizer import Tokenizer
 
 # Part of every fingerprint: raise it when the same files would give other tokens.
@@ -51,7 +51,8 @@ def prepare(config: TextFiles, directory: str | Path) -> Prepared:
     """
     directory = Path(directory)
     hashes = Hashes(directory / "stats.json")
-    sources = {split: _find(config, split) for split in _SPLITS}
+    groups = {split: find(config, split) for split in _SPLITS}
+    sources = {split: list(chain.from_iterable(groups[split])) for split in _SPLITS}
     digests = {
         split: [hashes.of(path) + kind(path) for path in paths]
         for split, paths in sources.items()
@@ -64,11 +65,19 @@ def prepare(config: TextFiles, directory: str | Path) -> Prepared:
             )
     choice = config.tokenizer.identity()
     fingerprint = _fingerprint(config, digests, choice)
-    record = _matching_record(directory, fingerprint, hashes)
+
+    def usable() -> dict | None:
+        record = _whole_record(directory, hashes)
+        matches = record and record["fingerprint"] == fingerprint
+        # Of an older one it is not known which file a document is from.
+        is_told = not config.shares or (record and "documents" in record["train"])
+        return record if matches and is_told else None
+
+    record = usable()
     if record is None:
         with _locked(directory):
             # Another process may have done the work while this one waited.
-            record = _matching_record(directory, fingerprint, hashes)
+            record = usable()
             if record is None:
                 record = {
                     "fingerprint": fingerprint,
@@ -80,7 +89,8 @@ def prepare(config: TextFiles, directory: str | Path) -> Prepared:
                 }
                 _tokenise(config, sources, record, directory, hashes)
     hashes.save()
-    return _open(directory, record)
+    prepared = _open(directory, record)
+    return replace(prepared, parts=_parts(config, groups["train"], record, prepared))
 
 
 def load(directory: str | Path) -> Prepared:
@@ -120,6 +130,19 @@ def _open(directory: Path, record: dict) -> Prepared:
     )
 
 
+def _parts(
+    config: TextFiles, groups: list[list[Path]], record: dict, prepared: Prepared
+) -> tuple[Part, ...]:
+    """Which tokens the files of each train pattern became, if they have shares."""
+    if not config.shares:
+        return ()
+    of_files = np.cumsum([0, *record["train"]["documents"]])
+    borders = of_files[np.cumsum([0, *map(len, groups)])]
+    starts, end = prepared.train_starts, len(prepared.train)
+    bounds = [int(starts[i]) if i < len(starts) else end for i in borders]
+    return tuple(map(Part, bounds[:-1], bounds[1:], config.shares))
+
+
 def _fingerprint(config: TextFiles, digests: dict, choice: dict) -> str:
     """Of all that decides tokens and windows; fields that came later only if set."""
     identity = [_FORMAT, digests, config.context_length, choice]
@@ -128,33 +151,6 @@ def _fingerprint(config: TextFiles, digests: dict, choice: dict) -> str:
     if config.field != "text":
         identity.append({"field": config.field})
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-
-def _find(config: TextFiles, split: str) -> list[Path]:
-    """The files of one split: patterns in the order given, sorted within a glob."""
-    patterns = getattr(config, split)
-    paths = []
-    for pattern in patterns:
-        exact = [pattern] if Path(pattern).is_file() else []
-        matches = exact or sorted(glob.glob(pattern, recursive=True))
-        found = [Path(match) for match in matches if Path(match).is_file()]
-        if not found:
-            raise UserError(
-                f"no file matches {pattern!r} (TextFiles.{split}) in {Path.cwd()}; "
-                "correct the path or start from the directory it is relative to"
-            )
-        paths += found
-    paths = list(dict.fromkeys(paths))
-    if not any(path.stat().st_size for path in paths):
-        raise _no_text(split, len(paths))
-    return paths
-
-
-def _no_text(split: str, files: int) -> UserError:
-    return UserError(
-        f"TextFiles.{split} holds no text ({files} files, all empty); "
-        "name at least one file that is not empty"
-    )
 
 
 @contextlib.contextmanager
@@ -190,7 +186,7 @@ def _tokenise(
     for split, paths in sources.items():
         record[split] = _write_split(tokenizer, paths, config.field, staging, split)
         if not record[split]["bytes"]:
-            raise _no_text(split, len(paths))
+            raise no_text(split, len(paths))
         count = record[split]["tokens"]
         if split == "train" and count <= config.context_length:
             raise UserError(
@@ -233,12 +229,6 @@ def _counted(paths: list[Path], field: str, counts: dict) -> Iterator[str]:
             counts["bytes"] += len(text.encode())
             counts["words"] += len(text.split())
             yield text
-
-
-def _matching_record(directory: Path, fingerprint: str, hashes: Hashes) -> dict | None:
-    """Return `prepared.json` if all there is whole and what `fingerprint` names."""
-    record = _whole_record(directory, hashes)
-    return record if record and record["fingerprint"] == fingerprint else None
 
 
 def _whole_record(directory: Path, hashes: Hashes) -> dict | None:
