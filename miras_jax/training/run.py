@@ -22,9 +22,12 @@ from jax.sharding import PartitionSpec as P
 from miras_jax import compiler
 from miras_jax.errors import UserError
 from miras_jax.nn.functional import FunctionalModel
-from miras_jax.training import data, prepare, serial, sharding, step
+from miras_jax.training import serial, sharding, step
+from miras_jax.training.batches import heldout_batches
 from miras_jax.training.checkpoint import Checkpoints, Restored
 from miras_jax.training.config import Experiment, Mesh
+from miras_jax.training.data import Prepared
+from miras_jax.training.prepare import load, prepare
 from miras_jax.training.step import TrainState, Walk
 from miras_jax.training.tokenizer import Tokenizer
 
@@ -70,12 +73,12 @@ class Run:
         # Reading a run needs no particular mesh: use the devices that are here.
         run = cls(dataclasses.replace(experiment, mesh=Mesh()), workdir)
         # What it was trained on, whatever has become of the texts since.
-        run.prepared = prepare.load(run.workdir / "data")
+        run.prepared = load(run.workdir / "data")
         return run
 
     @cached_property
-    def prepared(self) -> data.Prepared:
-        return prepare.prepare(self.experiment.data, self.workdir / "data")
+    def prepared(self) -> Prepared:
+        return prepare(self.experiment.data, self.workdir / "data")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -322,7 +325,7 @@ class Run:
             experiment = dataclasses.replace(experiment, windows=order)
         consecutive = experiment.windows == "consecutive"
         part, parts = self.data_part
-        batches = data.heldout_batches(
+        batches = heldout_batches(
             self.prepared,
             self.evaluation_rows,
             alignment=experiment.model.alignment,

@@ -23,7 +23,8 @@ from miras_jax.errors import UserError
 from miras_jax.nn.attention import Attention
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Model
-from miras_jax.training import data, plots, serial
+from miras_jax.training import plots, serial
+from miras_jax.training.batches import train_batches
 from miras_jax.training.config import Experiment
 from miras_jax.training.metrics import MetricsLog, Progress
 from miras_jax.training.run import Run
@@ -54,7 +55,7 @@ def train(experiment: Experiment, workdir: str | Path) -> Result:
     _claim(run)
     prepared = run.prepared
     part, parts = run.data_part
-    batches = data.train_batches(
+    batches = train_batches(
         prepared,
         batch_size=experiment.batch_size,
         seed=experiment.seed,

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from miras_jax.errors import UserError
-from miras_jax.training import data
-from miras_jax.training.data import Windows
+from miras_jax.training.batches import heldout_batches, train_batches
+from miras_jax.training.data import Prepared, Windows
 from miras_jax.training.tokenizer import Bytes
 
 
-def counting(tokens: int, context_length: int = 8) -> data.Prepared:
+def counting(tokens: int, context_length: int = 8) -> Prepared:
     """A corpus whose ids are their own positions, so that batches show their origin."""
     stream = np.arange(tokens, dtype=np.uint16)
     byte = Bytes().train([])
-    return data.Prepared(byte, context_length, stream, stream, tokens, tokens, 1, "")
+    return Prepared(byte, context_length, stream, stream, tokens, tokens, 1, "")
 
 
 def each_predicted_once(windows: Windows, tokens: int) -> bool:
@@ -55,7 +55,7 @@ def take(iterator, steps: int) -> np.ndarray:
 
 
 def test_an_epoch_is_a_permutation_and_the_next_another():
-    batches = data.train_batches(counting(97), batch_size=4, seed=0)
+    batches = train_batches(counting(97), batch_size=4, seed=0)
     first, second = take(batches, 3), take(batches, 3)
     assert first.dtype == np.int32
     assert first.shape == (3, 4, 9)
@@ -67,9 +67,9 @@ def test_an_epoch_is_a_permutation_and_the_next_another():
 
 def test_seeds_decide_the_order():
     prepared = counting(401)
-    first = take(data.train_batches(prepared, batch_size=4, seed=0), 5)
-    again = take(data.train_batches(prepared, batch_size=4, seed=0), 5)
-    other = take(data.train_batches(prepared, batch_size=4, seed=1), 5)
+    first = take(train_batches(prepared, batch_size=4, seed=0), 5)
+    again = take(train_batches(prepared, batch_size=4, seed=0), 5)
+    other = take(train_batches(prepared, batch_size=4, seed=1), 5)
     np.testing.assert_array_equal(first, again)
     assert first.tolist() != other.tolist()
 
@@ -77,15 +77,15 @@ def test_seeds_decide_the_order():
 @pytest.mark.parametrize("steps", [0, 1, 7])
 def test_resume_continues_exactly(steps):
     prepared = counting(150)
-    running = data.train_batches(prepared, batch_size=4, seed=3)
+    running = train_batches(prepared, batch_size=4, seed=3)
     for _ in range(steps):
         next(running)
     state = json.loads(json.dumps(running.get_state()))
     expected = take(running, 12)
-    fresh = data.train_batches(prepared, batch_size=4, seed=3)
+    fresh = train_batches(prepared, batch_size=4, seed=3)
     fresh.set_state(state)
     np.testing.assert_array_equal(take(fresh, 12), expected)
-    late = data.train_batches(prepared, batch_size=4, seed=3)
+    late = train_batches(prepared, batch_size=4, seed=3)
     late.set_state({name: value + 4 for name, value in state.items()})
     assert take(late, 12).tolist() != expected.tolist()
 
@@ -94,19 +94,19 @@ def test_resume_continues_exactly(steps):
 def test_resume_on_other_shards_is_the_same_global_stream(shard_count):
     prepared = counting(150)
     running = [
-        data.train_batches(prepared, batch_size=4, seed=3, shard_index=i, shard_count=2)
+        train_batches(prepared, batch_size=4, seed=3, shard_index=i, shard_count=2)
         for i in range(2)
     ]
     for shard in running:
         take(shard, 3)
     state = running[0].get_state()
     assert running[1].get_state() == state
-    whole = data.train_batches(prepared, batch_size=4, seed=3)
+    whole = train_batches(prepared, batch_size=4, seed=3)
     take(whole, 3)
     expected = take(whole, 6)
     union = np.zeros_like(expected)
     for i in range(shard_count):
-        shard = data.train_batches(
+        shard = train_batches(
             prepared, batch_size=4, seed=3, shard_index=i, shard_count=shard_count
         )
         shard.set_state(state)
@@ -119,7 +119,7 @@ def test_resume_on_other_shards_is_the_same_global_stream(shard_count):
 def test_heldout_covers_every_token_once(tokens, shard_count):
     prepared = counting(tokens)
     shards = [
-        list(data.heldout_batches(prepared, 4, shard_index=i, shard_count=shard_count))
+        list(heldout_batches(prepared, 4, shard_index=i, shard_count=shard_count))
         for i in range(shard_count)
     ]
     assert len({len(batches) for batches in shards}) == 1
@@ -138,7 +138,7 @@ def test_heldout_covers_every_token_once(tokens, shard_count):
 
 
 def test_heldout_is_in_order():
-    starts = [t[:, 0] for t, _ in data.heldout_batches(counting(97), 4)]
+    starts = [t[:, 0] for t, _ in heldout_batches(counting(97), 4)]
     assert np.concatenate(starts).tolist() == list(range(0, 96, 8))
 
 
@@ -147,7 +147,7 @@ def test_heldout_is_in_order():
     [(1, [0]), (3, [0, 4, 8]), (5, [0, 2, 4, 7, 9]), (12, range(12)), (50, range(12))],
 )
 def test_limit_spreads_windows_evenly(limit, windows):
-    batches = list(data.heldout_batches(counting(97), 4, limit=limit))
+    batches = list(heldout_batches(counting(97), 4, limit=limit))
     tokens = np.concatenate([t for t, _ in batches])
     weights = np.concatenate([w for _, w in batches])
     real = weights.any(axis=1)
@@ -156,25 +156,25 @@ def test_limit_spreads_windows_evenly(limit, windows):
 
 
 def test_a_batch_must_fit_the_windows():
-    data.train_batches(counting(33), batch_size=4, seed=0)
+    train_batches(counting(33), batch_size=4, seed=0)
     with pytest.raises(UserError, match="only 4 windows of 8 tokens"):
-        data.train_batches(counting(33), batch_size=5, seed=0)
+        train_batches(counting(33), batch_size=5, seed=0)
 
 
 @pytest.mark.parametrize("batch_size", [0, 3])
 def test_a_batch_must_fit_the_shards(batch_size):
     message = f"batch_size={batch_size} cannot be split evenly over 2 shards"
     with pytest.raises(UserError, match=message):
-        data.train_batches(counting(97), batch_size=batch_size, seed=0, shard_count=2)
+        train_batches(counting(97), batch_size=batch_size, seed=0, shard_count=2)
     with pytest.raises(UserError, match=message):
-        data.heldout_batches(counting(97), batch_size, shard_count=2)
+        heldout_batches(counting(97), batch_size, shard_count=2)
 
 
 def test_a_shard_must_exist():
     with pytest.raises(ValueError, match="shard_index 2"):
-        data.heldout_batches(counting(97), 4, shard_index=2, shard_count=2)
+        heldout_batches(counting(97), 4, shard_index=2, shard_count=2)
 
 
 def test_a_limit_must_leave_a_window():
     with pytest.raises(UserError, match="limit=0 leaves no held-out window"):
-        data.heldout_batches(counting(97), 4, limit=0)
+        heldout_batches(counting(97), 4, limit=0)

@@ -12,8 +12,9 @@ from miras_jax.errors import UserError
 from miras_jax.nn.model import Model
 from miras_jax.training import prepare as module
 from miras_jax.training import serial
+from miras_jax.training.batches import train_batches
 from miras_jax.training.config import Experiment
-from miras_jax.training.data import TextFiles, train_batches
+from miras_jax.training.data import TextFiles
 from miras_jax.training.hashes import seal
 from miras_jax.training.prepare import prepare
 from miras_jax.training.tokenizer import Bytes

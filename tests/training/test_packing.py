@@ -11,7 +11,7 @@ from miras_jax.errors import UserError
 from miras_jax.nn.functional import FunctionalModel
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Model
-from miras_jax.training import data
+from miras_jax.training.batches import heldout_batches, train_batches
 from miras_jax.training.config import Experiment
 from miras_jax.training.data import TextFiles
 from miras_jax.training.loss import loss_and_gradients, token_losses
@@ -72,7 +72,7 @@ def test_batches_of_packed_documents_resume_exactly(config):
     prepared = prepare(config, "data")
 
     def batches():
-        return data.train_batches(prepared, batch_size=2, seed=1, alignment=8)
+        return train_batches(prepared, batch_size=2, seed=1, alignment=8)
 
     whole = batches()
     first = [next(whole) for _ in range(3)]
@@ -89,7 +89,7 @@ def test_batches_of_packed_documents_resume_exactly(config):
     joined = prepare(TextFiles(config.train, config.heldout, 16, Bytes()), "joined")
     assert joined.fingerprint != prepared.fingerprint
     total = 0
-    for tokens, weights in data.heldout_batches(prepared, 2, alignment=8):
+    for tokens, weights in heldout_batches(prepared, 2, alignment=8):
         assert tokens.shape == (2, 2, 17)
         total += weights.sum()
     assert total == len(prepared.heldout) - 1

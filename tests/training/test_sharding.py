@@ -23,7 +23,8 @@ from miras_jax.errors import UserError
 from miras_jax.nn.attention import Attention
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Model
-from miras_jax.training import data, sharding
+from miras_jax.training import sharding
+from miras_jax.training.batches import train_batches
 from miras_jax.training.checkpoint import Checkpoints
 from miras_jax.training.config import Mesh
 from miras_jax.training.metrics import read_table
@@ -77,7 +78,7 @@ def build(tmp_path_factory):
 def continued(run, state, first, last):
     """The state and the losses of steps first + 1 ... last."""
     experiment = run.experiment
-    batches = data.train_batches(
+    batches = train_batches(
         run.prepared,
         batch_size=experiment.batch_size,
         seed=experiment.seed,

@@ -16,8 +16,9 @@ from miras_jax.nn.attention import Attention
 from miras_jax.nn.functional import FunctionalModel
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Model
-from miras_jax.training import data, step
+from miras_jax.training import step
 from miras_jax.training import train as train_module
+from miras_jax.training.batches import train_batches
 from miras_jax.training.config import Guard
 from miras_jax.training.loss import token_losses
 from miras_jax.training.packing import PackedWindows
@@ -44,7 +45,7 @@ def test_rows_walk_through_the_text_on_any_number_of_shards(shard_count):
 
     def shards():
         return [
-            data.train_batches(
+            train_batches(
                 prepared,
                 batch_size=4,
                 seed=0,
