@@ -4,7 +4,7 @@
 
 says without a TPU what it needs; experiments/README.md has what it printed. `TRAIN` and
 `HELDOUT` are the novels of the quickstart, a stand-in that is far too small for such a
-model: put texts of your own there, then
+model: put texts of your own there (docs/data.md), then
 
     miras train experiments/yaad_780m.py --distributed
 
