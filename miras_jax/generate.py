@@ -1,12 +1,13 @@
 """Text from a trained model, one token at a time, from a cache of constant size.
 
-The prompt is read in pieces of `PIECE` tokens and what is left of it one by one, with
+A prompt is read in pieces of `PIECE` tokens and what is left of it one by one, with
 the very function that decodes. So there are two programs to compile whatever the
-prompt, and a single one for a short prompt.
+prompt, and a single one for a short prompt. Of several prompts that are read together
+the longer ones are still read, token by token, while the shorter ones are answered.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 
 from miras_jax.errors import UserError
 from miras_jax.export import Trained
-from miras_jax.training.tokenizer import StreamDecoder
+from miras_jax.training.tokenizer import StreamDecoder, Tokenizer
 
 PIECE = 64
 """Tokens of the prompt that are read at once."""
@@ -40,6 +41,88 @@ def generate(
 
     UserError: a setting out of its range, or a prompt that is no text.
     """
+    draw = _draw(length, temperature, top_p, seed)
+    document = _document(trained.tokenizer, prompt)
+    return _stream(trained, document, length, draw)
+
+
+def complete(
+    trained: Trained,
+    prompts: Sequence[str],
+    *,
+    length: int,
+    stop: Sequence[str] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    rows: int = 8,
+    limit: int | None = None,
+) -> list[str]:
+    """The texts that continue `prompts`, in their order, `rows` of them at a time.
+
+    What holds for `generate` holds for each. A text also ends before the first of
+    `stop` that comes up in it. limit: of a prompt only its last tokens are read, so
+    that with `length` more they are at most so many; None: all are.
+
+    UserError: as for `generate`, a limit that leaves no room, or an empty `stop`.
+    """
+    draw = _draw(length, temperature, top_p, seed)
+    if limit is not None and limit <= length:
+        raise UserError(
+            f"{length} tokens to write leave no room for a prompt in {limit}; "
+            "write fewer or read more"
+        )
+    if not all(stop):
+        raise UserError("one of the strings to stop at is empty; leave it out")
+    documents = [_document(trained.tokenizer, prompt) for prompt in prompts]
+    if limit is not None:
+        documents = [document[-(limit - length) :] for document in documents]
+    # Prompts of like length together: the fewer tokens are read one by one.
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i]))
+    texts = [""] * len(documents)
+    for first in range(0, len(order), rows):
+        batch = order[first : first + rows]
+        # Whole batches only, so that there is one program for all of them.
+        filled = [documents[i] for i in batch + batch[-1:] * (rows - len(batch))]
+        written = [_Written(trained.tokenizer, length, stop) for _ in batch]
+        shortest = min(map(len, filled))
+        for at, drawn in enumerate(_drawn(trained, filled, length, draw), shortest):
+            for i, text, token in zip(batch, written, drawn, strict=False):
+                if at >= len(documents[i]):
+                    text.feed(int(token))
+            if all(text.finished for text in written):
+                break
+        for i, text in zip(batch, written, strict=True):
+            texts[i] = text.text()
+    return texts
+
+
+class _Written:
+    """The text of one prompt as its tokens come."""
+
+    def __init__(self, tokenizer: Tokenizer, length: int, stop: Sequence[str]):
+        self._end_of_text, self._stop = tokenizer.end_of_text, stop
+        self._decoder = StreamDecoder(tokenizer)
+        self._text, self._left = "", length
+        self.finished = False
+
+    def feed(self, token: int) -> None:
+        if self.finished:
+            return
+        self._left -= 1
+        if token != self._end_of_text:
+            self._text += self._decoder.feed(token)
+        stopped = any(stop in self._text for stop in self._stop)
+        self.finished = stopped or token == self._end_of_text or not self._left
+
+    def text(self) -> str:
+        whole = self._text + self._decoder.finish()
+        ends = [whole.find(stop) for stop in self._stop if stop in whole]
+        return whole[: min(ends, default=None)]
+
+
+def _draw(length, temperature, top_p, seed) -> tuple[jax.Array, ...]:
+    """Key, temperature and nucleus; UserError for what is out of range."""
     if length < 1:
         raise UserError(f"length is {length}; generate at least 1 token")
     if not (math.isfinite(temperature) and temperature >= 0):
@@ -50,50 +133,77 @@ def generate(
         )
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; give a number from 0 to {2**32 - 1}")
-    tokenizer = trained.tokenizer
+    return jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p)
+
+
+def _document(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
     try:
-        ids = np.append(np.int32(tokenizer.end_of_text), tokenizer.encode(prompt))
+        return np.append(np.int32(tokenizer.end_of_text), tokenizer.encode(prompt))
     except UnicodeEncodeError as error:
         raise UserError("the prompt is not valid text; give it in UTF-8") from error
-    draw = (jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
-    return _stream(trained, ids, length, draw)
 
 
-def _stream(trained, ids, length, draw) -> Iterator[str]:
-    model, parameters, tokenizer, _ = trained
-    # Only full attention has a cache of this size: rounded, to be compiled less often.
-    size = -(-(len(ids) + length) // PIECE) * PIECE
-    cache = _start(model, parameters, size)
-    whole = len(ids) // PIECE * PIECE
-    pieces = [ids[i : i + PIECE] for i in range(0, whole, PIECE)]
-    pieces += [ids[i : i + 1] for i in range(whole, len(ids))]
-    for piece in pieces:
-        token, cache = _read(model, parameters, cache, piece[None], 0, draw)
-
-    decoder = StreamDecoder(tokenizer)
-    for count in range(1, length + 1):
-        if (last := token.item()) == tokenizer.end_of_text:
+def _stream(trained, document, length, draw) -> Iterator[str]:
+    end_of_text = trained.tokenizer.end_of_text
+    decoder = StreamDecoder(trained.tokenizer)
+    for (token,) in _drawn(trained, [document], length, draw):
+        if token == end_of_text:
             break
-        if text := decoder.feed(last):
+        if text := decoder.feed(token):
             yield text
-        if count < length:
-            token, cache = _read(model, parameters, cache, token, count, draw)
     if text := decoder.finish():
         yield text
 
 
-@partial(jax.jit, static_argnames=("model", "size"))
-def _start(model, parameters, size):
-    return model.start(parameters, 1, size)
+def _drawn(trained, documents, length, draw) -> Iterator[np.ndarray]:
+    """The tokens `[B]` drawn to follow token n, n + 1 ... of every document.
+
+    n is the shortest one's last token. A document that goes on is read on, whatever was
+    drawn; one that does not is continued by what was. Until the longest one has been
+    followed by `length` tokens.
+    """
+    model, parameters, _, _ = trained
+    lengths = [len(document) for document in documents]
+    shortest, end = min(lengths), max(lengths) + length
+    # Only full attention has a cache of this size: rounded, to be compiled less often.
+    cache = _start(model, parameters, len(documents), -(-end // PIECE) * PIECE)
+    known = np.stack([d[:shortest] for d in documents])
+    whole = shortest // PIECE * PIECE
+    pieces = [known[:, i : i + PIECE] for i in range(0, whole, PIECE)]
+    pieces += [known[:, i : i + 1] for i in range(whole, shortest)]
+    for piece in pieces:
+        tokens, cache = _read(model, parameters, cache, piece, 0, draw)
+    for at in range(shortest, end):
+        drawn = np.asarray(tokens)[:, 0]
+        yield drawn
+        if at + 1 < end:
+            if at < max(lengths):
+                tokens = np.array(
+                    [
+                        [document[at] if at < len(document) else token]
+                        for document, token in zip(documents, drawn, strict=True)
+                    ],
+                    np.int32,
+                )
+            count = at - shortest + 1
+            tokens, cache = _read(model, parameters, cache, tokens, count, draw)
+
+
+@partial(jax.jit, static_argnames=("model", "rows", "size"))
+def _start(model, parameters, rows, size):
+    return model.start(parameters, rows, size)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def _read(model, parameters, cache, tokens, count, draw):
-    """Read tokens `[1, n]`; the one drawn to follow them, `[1, 1]`, and the cache."""
+    """Read tokens `[B, n]`; those drawn to follow them, `[B, 1]`, and the cache."""
     logits, cache = model.apply(parameters, tokens, cache)
     key, temperature, top_p = draw
-    token = sample(logits[0, -1], jax.random.fold_in(key, count), temperature, top_p)
-    return token[None, None], cache
+    # Every row of every step has a number of its own.
+    numbers = count * len(tokens) + jnp.arange(len(tokens))
+    keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
+    each = jax.vmap(sample, in_axes=(0, 0, None, None))
+    return each(logits[:, -1], keys, temperature, top_p)[:, None], cache
 
 
 def sample(logits: jax.Array, key: jax.Array, temperature, top_p) -> jax.Array:

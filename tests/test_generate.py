@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import miras_jax.generate as generation
 from miras_jax.core import variants
 from miras_jax.errors import UserError
 from miras_jax.export import Trained
-from miras_jax.generate import PIECE, generate, nucleus, sample
+from miras_jax.generate import PIECE, complete, generate, nucleus, sample
 from miras_jax.nn.attention import Attention
 from miras_jax.nn.functional import FunctionalModel
 from miras_jax.nn.miras import Miras
@@ -61,7 +62,7 @@ class Script:
     def apply(self, parameters, tokens, cache):
         cache += tokens.shape[1]
         logits = 50 * jax.nn.one_hot(self.ids[cache - 1], ByteTokenizer.vocab_size)
-        return jnp.broadcast_to(logits, (1, tokens.shape[1], logits.size)), cache
+        return jnp.broadcast_to(logits, (*tokens.shape, logits.size)), cache
 
 
 def scripted(ids):
@@ -133,6 +134,69 @@ def test_characters_come_whole_and_end_of_text_ends_the_text():
 def test_a_character_cut_off_by_the_length_is_replaced():
     assert written("aé😀".encode(), length=5) == ["a", "é", "\ufffd"]
     assert written("aé😀".encode(), length=3) == ["a", "é"]
+
+
+def greedy(trained, prompt, length=LENGTH):
+    return "".join(generate(trained, prompt, length=length, temperature=0.0))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_prompts_that_are_read_together_are_continued_as_if_alone(mixer):
+    trained = tiny(FunctionalModel, mixer)
+    # The shortest is answered while the others are read; the last batch is not full.
+    sizes = [PIECE + 9, 3, PIECE + 2, 0, PIECE + 9]
+    prompts = [prompt_of(size) for size in sizes]
+    texts = complete(trained, prompts, length=LENGTH, rows=3)
+    assert texts == [greedy(trained, prompt) for prompt in prompts]
+    assert len(set(texts)) == 4
+    assert complete(trained, [], length=1) == []
+
+
+def test_of_a_long_prompt_the_last_tokens_are_read():
+    trained = tiny(FunctionalModel, "attention")
+    prompts = [prompt_of(60), prompt_of(60)[-20:], prompt_of(60)[-19:]]
+    texts = complete(trained, prompts, length=8, limit=28)
+    # Twenty tokens are read: of the shortest the end-of-text token before it, too.
+    assert texts[0] == texts[1]
+    assert texts[2] == greedy(trained, prompts[2], length=8) != texts[0]
+    with pytest.raises(UserError, match="^8 tokens to write leave no room .* in 8"):
+        complete(trained, ["A"], length=8, limit=8)
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [((), "one, two. three"), ((",",), "one"), (("o. ", "."), "one, two")]
+    + [(("none",), "one, two. three"), ((" thr", "two"), "one, ")],
+)
+def test_a_text_ends_before_what_stops_it(stop, expected):
+    ids = [*b"one, two. three", ByteTokenizer.end_of_text, 65]
+    assert complete(scripted(ids), ["", ""], length=20, stop=stop) == [expected] * 2
+
+
+def test_nothing_is_read_once_every_text_has_ended(monkeypatch):
+    read, steps = generation._read, []
+
+    def counted(*arguments):
+        steps.append(arguments)
+        return read(*arguments)
+
+    monkeypatch.setattr(generation, "_read", counted)
+    complete(scripted([*b"one, two"]), ["", ""], length=8, stop=[","])
+    assert len(steps) == 4  # end of text, then "one"; the comma is not read
+
+
+def test_every_row_of_a_batch_is_drawn_anew():
+    flat = scripted([ByteTokenizer.vocab_size] * 2)  # an id that no token has
+    options = {"length": 20, "temperature": 1.0}
+    texts = complete(flat, [""] * 4, **options)
+    assert len(set(texts)) == 4
+    assert texts == complete(flat, [""] * 4, **options)
+    assert texts != complete(flat, [""] * 4, **options, seed=1)
+
+
+def test_an_empty_stop_is_refused():
+    with pytest.raises(UserError, match="^one of the strings to stop at is empty"):
+        complete(scripted([65]), ["a"], length=1, stop=["a", ""])
 
 
 PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3], np.float32)
