@@ -17,6 +17,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.commands import folder, trained  # noqa: E402, F401
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -1,89 +1,21 @@
 """The commands as they are typed: what they print, write and exit with."""
 
-import contextlib
-import io
 import logging
 import os
 import re
 import shlex
 import shutil
 import signal
-import textwrap
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from miras_jax.cli import main
 from miras_jax.core import variants
 from miras_jax.training import train as training
 from miras_jax.training.metrics import Progress
 from miras_jax.training.run import Run
-
-TRAIN = "It was a truth that a single man must be in want of a wife. " * 40
-HELDOUT = "A single man of large fortune; what a fine thing for our girls! " * 9
-EXPERIMENT = textwrap.dedent(
-    """
-    from miras_jax import variants
-    from miras_jax.nn.miras import Miras
-    from miras_jax.nn.model import Model
-    from miras_jax.training.config import Experiment
-    from miras_jax.training.optimizer import AdamW
-    from miras_jax.training.data import TextFiles
-    from miras_jax.training.tokenizer import Bytes
-
-    def experiment():
-        return Experiment(
-            model=Model(width=32, depth=1, mixers=(Miras(variants.retnet(), 2),)),
-            data=TextFiles(
-                train=("FOLDER/train.txt",),
-                heldout=("FOLDER/heldout.txt",),
-                context_length=32,
-                tokenizer=Bytes(),
-            ),
-            optimizer=AdamW(learning_rate=1e-2, warmup_steps=2),
-            steps=6,
-            batch_size=8,
-            evaluate_every=3,
-            checkpoint_every=3,
-        )
-    """
-)
-
-
-def command(*argv):
-    """Exit status, standard output and standard error of one command."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main([str(part) for part in argv])
-    return status, out.getvalue(), err.getvalue()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compilation_cache_of_the_tests():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", "as the tests have it")
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Texts and the experiment file."""
-    folder = tmp_path_factory.mktemp("experiment")
-    (folder / "train.txt").write_text(TRAIN)
-    (folder / "heldout.txt").write_text(HELDOUT)
-    (folder / "tiny.py").write_text(EXPERIMENT.replace("FOLDER", str(folder)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(folder):
-    """The folder of a finished run, and what training printed."""
-    workdir = folder / "run"
-    status, out, err = command("train", folder / "tiny.py", "--workdir", workdir)
-    assert status == 0, err
-    return workdir, out, err
+from tests.commands import HELDOUT, command, number, refused
 
 
 def changed(folder, old, new):
@@ -93,10 +25,6 @@ def changed(folder, old, new):
     path = folder / f"tiny{abs(hash(new))}.py"
     path.write_text(text.replace(old, new))
     return path
-
-
-def number(text, name):
-    return float(re.search(rf"^ *{name} +([\d.,]+)", text, re.M)[1].replace(",", ""))
 
 
 def nats_by_hand(workdir):
@@ -210,103 +138,6 @@ def test_steps_seed_and_default_folder_of_a_run(folder, monkeypatch):
     assert runs == [(9, 7, "runs/tiny"), (6, 0, "here")]
 
 
-def test_generate_continues_the_prompt_the_same_for_the_same_seed(trained):
-    workdir = trained[0]
-
-    def text(*options):
-        status, out, err = command(
-            "generate", workdir, "A single", "--length", 30, *options
-        )
-        assert (status, err) == (0, "")
-        assert out.startswith("A single") and len(out) > len("A single\n")
-        return out
-
-    assert text("--seed", 1) == text("--seed", 1) != text("--seed", 2)
-    assert text("--temperature", 0) == text("--temperature", 0, "--seed", 2)
-
-
-def test_an_exported_model_does_what_the_run_does(trained, folder, tmp_path):
-    file = tmp_path / "model.safetensors"
-    status, out, err = command("export", trained[0], file)
-    assert (status, err) == (0, "") and out.startswith(f"{file}: ")
-    run = Run.open(trained[0])
-    assert f"{run.model.size:,} parameters of step " in out
-    arrays = load_file(file)
-    for name, array in run.restore("best").state.parameters.items():
-        np.testing.assert_array_equal(arrays[name], array, err_msg=name)
-
-    def text(source):
-        return command("generate", source, "A single", "--length", 30, "--seed", 1)
-
-    assert text(file) == text(trained[0])
-
-    def page(source):
-        argv = ["inspect", source, "--text", folder / "heldout.txt", "--length", 20]
-        status, out, err = command(*argv, "--output", tmp_path / "pages")
-        assert (status, err) == (0, "")
-        page = (tmp_path / "pages" / "heldout.html").read_text()
-        return page.replace(str(source), "SOURCE")
-
-    assert page(file) == page(trained[0])
-    beside = command("inspect", file, "--text", folder / "heldout.txt")[1]
-    assert f"page   {tmp_path / 'inspect' / 'heldout.html'}" in beside
-
-
-def test_export_takes_the_checkpoint_that_is_asked_for(trained, tmp_path, monkeypatch):
-    restore, asked = Run.restore, []
-
-    def recorded(self, which):
-        asked.append(which)
-        return restore(self, which)
-
-    monkeypatch.setattr(Run, "restore", recorded)
-    for i, options in enumerate(([], ["--checkpoint", "last"])):
-        file = tmp_path / f"{i}.safetensors"
-        assert command("export", trained[0], file, *options)[0] == 0
-    assert asked == ["best", "last"]
-
-
-def test_generate_needs_no_prompt(trained):
-    assert command("generate", trained[0], "--length", 5)[0] == 0
-
-
-def test_evaluate_prints_the_loss_by_position_and_draws_it(trained):
-    workdir, summary, _ = trained
-    plot = workdir / "loss_by_position.png"
-    plot.unlink()
-    status, out, _ = command("evaluate", workdir)
-    assert status == 0 and str(plot) in out and plot.is_file()
-    for name in ("held-out bits per byte", "token perplexity", "word perplexity"):
-        assert number(out, name) == number(summary, name)
-    contexts = re.findall(r"^(\d+(?: to \d+)?) +[\d.]+$", out, re.M)
-    assert contexts == ["1", "2", "3 to 4", "5 to 8", "9 to 16", "17 to 32"]
-
-
-def test_evaluate_can_read_a_part(trained):
-    out = command("evaluate", trained[0], "--windows", 3)[1]
-    assert "on 3 of 18 held-out windows" in out and out.count("estimated") == 2
-
-
-def test_evaluate_can_ask_what_is_recalled(trained):
-    status, out, _ = command("evaluate", trained[0], "--windows", 3, "--recall", 64)
-    lines = re.findall(
-        r"^read (anew|[\d]+ tokens ago) +[\d.]+(, .*recalled)?$", out, re.M
-    )
-    assert status == 0
-    assert [line for line, _ in lines] == ["anew", "32 tokens ago", "64 tokens ago"]
-
-
-def test_inspect_writes_a_page_and_two_pictures(trained, folder):
-    argv = ["inspect", trained[0], "--text", folder / "heldout.txt", "--length", 40]
-    status, out, err = command(*argv)
-    assert (status, err) == (0, "") and "tokens were left out" in out
-    files = [line.split()[1] for line in out.splitlines()[:3]]
-    names = [os.path.relpath(file, trained[0]) for file in files]
-    ends = (".html", "_text.png", "_curves.png")
-    assert names == [f"inspect/heldout{end}" for end in ends]
-    assert all(os.path.getsize(file) for file in files)
-
-
 def test_variants_lists_every_named_rule():
     status, out, _ = command("variants")
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
@@ -319,12 +150,6 @@ def test_variants_lists_every_named_rule():
     assert "arXiv 2504.13173, eq. 26" in out and "Wₜ = αₜ Wₜ₋₁ − ηₜ ∇ℓ" in out
     status, out, _ = command("variants", "--markdown")
     assert status == 0 and out.count("\n") == 2 + len(variants.ALL)
-
-
-def refused(*argv):
-    status, out, err = command(*argv)
-    assert (status, out) == (2, "") and err.count("\n") == 1
-    return err
 
 
 @pytest.mark.parametrize(
