@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from miras_jax import commands
+from miras_jax import benchmarks, commands
 from miras_jax.errors import UserError
 
 EXIT_MISTAKE, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 3, 130, 141
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     commands.add_commands(command)
+    benchmarks.add_commands(command)
     variants = command(
         "variants", _variants, "List the published models and their choices."
     )

@@ -21,7 +21,7 @@ LAYERS = (
     ("tests",),
     ("experiments",),
     ("miras_jax.cli",),
-    ("miras_jax.commands",),
+    ("miras_jax.benchmarks", "miras_jax.commands"),
     (
         "miras_jax.evaluation",
         "miras_jax.export",
