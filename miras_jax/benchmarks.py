@@ -4,6 +4,7 @@ Nothing slow is imported before a command runs.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -112,14 +113,17 @@ def _harness(arguments, argv: Sequence[str]) -> int:
     from miras_jax.export import of_path
 
     prepare()
-    results = harness.evaluate(
-        of_path(arguments.source),
-        arguments.tasks,
-        include=arguments.include,
-        limit=arguments.limit,
-        num_fewshot=arguments.num_fewshot,
-        max_length=arguments.max_length,
-    )
+    trained = of_path(arguments.source)
+    # What the harness says on its way is not the table.
+    with contextlib.redirect_stdout(sys.stderr):
+        results = harness.evaluate(
+            trained,
+            arguments.tasks,
+            include=arguments.include,
+            limit=arguments.limit,
+            num_fewshot=arguments.num_fewshot,
+            max_length=arguments.max_length,
+        )
     print(harness.tables(results))
     if arguments.output:
         text = json.dumps(harness.kept(results), indent=2, sort_keys=True)

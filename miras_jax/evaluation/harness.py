@@ -4,6 +4,7 @@ This module needs the package lm_eval: pip install 'miras-jax[eval]'. What is sa
 text's likelihood is from `scoring`, what is written from `generate`.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,7 +105,8 @@ class _Tasks(TaskManager):
             names = ", ".join(map(str, task_list))
             raise UserError(
                 f"one of the tasks {names} cannot be loaded ({type(error).__name__}: "
-                f"{error}); most are downloaded from huggingface.co the first time"
+                f"{error}); most need huggingface.co the first time: go online, or "
+                "use --include DIR with data of your own"
             ) from error
 
 
@@ -131,6 +133,8 @@ def evaluate(
             f"no task {', '.join(unknown)}; 'lm-eval ls tasks' lists those of the "
             "harness, and --include DIR adds your own"
         )
+    # Every attempt at a download that fails is a warning; the last one is the error.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     # It would fork a process that JAX runs in.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     return lm_eval.simple_evaluate(

@@ -48,12 +48,8 @@ def plot(found: Mapping[str, Mapping[int, Sequence[Score]]], path: Path) -> Path
         for (row, column), share in np.ndenumerate(shares):
             if not np.isnan(share):
                 colour = "white" if share > 0.6 else INK
-                axes.text(
-                    *(column, row, f"{100 * share:.0f}"),
-                    **{"ha": "center", "va": "center"},
-                    color=colour,
-                    fontsize=9,
-                )
+                text = axes.text(column, row, f"{100 * share:.0f}", fontsize=9)
+                text.set(color=colour, ha="center", va="center")
         axes.set_title(name, fontsize=11, color=INK)
         axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=8)
         axes.tick_params(colors=INK, length=0)

@@ -100,10 +100,12 @@ def test_what_is_written_ends_at_a_stop_or_the_most_tokens(trained):
             ("a man", {"until": [], "max_gen_toks": 20}),
             ("a man", options),
             ("It was", {"until": "", "max_gen_toks": 4, "do_sample": False}),
+            ("It was", {"until": [], "max_gen_toks": 20}),
         )
     )
     assert texts[:2] == [whole, whole[: whole.index(stop)]]
-    assert texts[2] == "".join(generate(trained, "It was", length=4, temperature=0))
+    other = "".join(generate(trained, "It was", length=20, temperature=0))
+    assert texts[2:] == [other[:4], other] and other != whole
     with pytest.raises(UserError, match="asks for top_k, which generation here has no"):
         model.generate_until(asked(("a", {"top_k": 3})))
 
