@@ -115,6 +115,6 @@ def _explained(error: Exception, slice_name: str) -> Exception:
     reason = f"{sizes[1]} of {sizes[2]}" if sizes else text.splitlines()[0]
     return UserError(
         f"the train step does not fit into a device of {slice_name} ({reason}); use a "
-        "larger slice or Mesh(fsdp=...), fewer rows, Model(remat='block') or "
-        "compute_dtype='bfloat16'"
+        "larger slice or Mesh(fsdp=...), Experiment(accumulation=...), fewer rows, "
+        "Model(remat='block') or compute_dtype='bfloat16'"
     )
