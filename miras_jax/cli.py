@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -83,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=commands.seed, metavar="N", help="instead of the file's"
     )
     train.add_argument(
+        "--profile",
+        type=_steps,
+        metavar="FIRST:LAST",
+        help="trace these steps into WORKDIR/profile",
+    )
+    train.add_argument(
         "--distributed",
         action="store_true",
         help="one of several processes, found by jax.distributed.initialize()",
@@ -117,6 +124,14 @@ def _program() -> str:
     return called
 
 
+def _steps(text: str) -> tuple[int, int]:
+    """First and last step, for argparse."""
+    if not re.fullmatch(r"\d+:\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 10:12")
+    first, last = text.split(":")
+    return int(first), int(last)
+
+
 def _train(arguments, argv: Sequence[str]) -> int:
     import jax
 
@@ -133,7 +148,7 @@ def _train(arguments, argv: Sequence[str]) -> int:
     experiment = dataclasses.replace(experiment, **changes)
     workdir = arguments.workdir or Path("runs") / Path(arguments.file).stem
     try:
-        result = train(experiment, workdir)
+        result = train(experiment, workdir, traced=arguments.profile)
     except Diverged as error:
         return _complain(error, EXIT_DIVERGED)
     speaks = jax.process_index() == 0

@@ -117,7 +117,7 @@ def test_a_signal_ends_training_with_the_command_to_continue(
 
 
 def test_a_diverged_training_is_one_line_and_status_3(folder, monkeypatch):
-    def diverge(*_):
+    def diverge(*_, **__):
         raise training.Diverged("training diverged: lower\nthe learning rate")
 
     monkeypatch.setattr(training, "train", diverge)
@@ -128,14 +128,15 @@ def test_a_diverged_training_is_one_line_and_status_3(folder, monkeypatch):
 def test_steps_seed_and_default_folder_of_a_run(folder, monkeypatch):
     runs = []
 
-    def stopped(experiment, workdir):
-        runs.append((experiment.steps, experiment.seed, str(workdir)))
+    def stopped(experiment, workdir, *, traced):
+        runs.append((experiment.steps, experiment.seed, str(workdir), traced))
         return training.Result(1, False, None)
 
     monkeypatch.setattr(training, "train", stopped)
     assert command("train", folder / "tiny.py", "--steps", 9, "--seed", 7)[0] == 0
-    assert command("train", folder / "tiny.py", "--workdir", "here")[0] == 0
-    assert runs == [(9, 7, "runs/tiny"), (6, 0, "here")]
+    argv = ("--workdir", "here", "--profile", "2:3")
+    assert command("train", folder / "tiny.py", *argv)[0] == 0
+    assert runs == [(9, 7, "runs/tiny", None), (6, 0, "here", (2, 3))]
 
 
 def test_variants_lists_every_named_rule():
@@ -162,6 +163,7 @@ def test_variants_lists_every_named_rule():
         (["train", "{folder}/tiny.py", "--steps", "0"], "steps must be at least 1"),
         (["train", "{folder}/tiny.py", "--steps", "x"], "invalid int value: 'x'"),
         (["train", "{folder}/tiny.py", "--seed", "-1"], "no whole number from 0"),
+        (["train", "{folder}/tiny.py", "--profile", "10"], "not of the form 10:12"),
         (
             ["train", "{folder}/tiny.py", "--workdir", "{folder}/train.txt/run"],
             "cannot be written",

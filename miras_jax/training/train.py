@@ -27,6 +27,7 @@ from miras_jax.training import plots, serial
 from miras_jax.training.batches import train_batches
 from miras_jax.training.config import Experiment
 from miras_jax.training.metrics import MetricsLog, Progress
+from miras_jax.training.profile import Profile
 from miras_jax.training.run import Run
 from miras_jax.training.step import Metrics, TrainState
 from pallas_kernels.fused_scan import platform
@@ -44,14 +45,22 @@ class Diverged(UserError):
     """The guard's limit was reached: updates kept being skipped."""
 
 
-def train(experiment: Experiment, workdir: str | Path) -> Result:
+def train(
+    experiment: Experiment,
+    workdir: str | Path,
+    *,
+    traced: tuple[int, int] | None = None,
+) -> Result:
     """Train in `workdir` until `experiment.steps`, continuing what is there.
+
+    traced: the first and the last step to profile, into WORKDIR/profile.
 
     SIGTERM and SIGINT end the run after the current step with a checkpoint and a normal
     return. Raises UserError for what the user can mend, Diverged if the loss is beyond
     repair; checkpoints from before are kept.
     """
     run = Run(experiment, workdir)
+    profile = Profile(run.workdir / "profile", traced)
     _claim(run)
     prepared = run.prepared
     part, parts = run.data_part
@@ -66,6 +75,7 @@ def train(experiment: Experiment, workdir: str | Path) -> Result:
     )
     with (
         contextlib.closing(batches),
+        contextlib.closing(profile),
         run.checkpoints() as checkpoints,
         _stop_on_signal() as stop,
     ):
@@ -76,11 +86,20 @@ def train(experiment: Experiment, workdir: str | Path) -> Result:
             start, state, heldout = restored.step, restored.state, restored.loss
             batches.set_state(restored.data)
         with _logging(run, start) as log:
-            return _loop(run, state, start, heldout, batches, checkpoints, log, stop)
+            around = batches, checkpoints, log, profile, stop
+            return _loop(run, state, start, heldout, *around)
 
 
 def _loop(
-    run: Run, state: TrainState, start, heldout, batches, checkpoints, log, stop
+    run: Run,
+    state: TrainState,
+    start,
+    heldout,
+    batches,
+    checkpoints,
+    log,
+    profile,
+    stop,
 ) -> Result:
     experiment = run.experiment
     saved = step = start
@@ -109,9 +128,11 @@ def _loop(
         heldout = evaluate()
         stopped = heldout is None
     while step < experiment.steps and not stopped:
+        profile.begin(step + 1)
         tokens = run.to_devices(next(batches))
         state, metrics = run.train_step(state, tokens, run.stop_flags(stop.is_set()))
         step += 1
+        profile.end(step, metrics)
         if pending is not None:
             log.step(*pending)
         pending = (step, metrics)

@@ -121,7 +121,9 @@ def test_muon_trains_the_same_on_every_mesh(tmp_path):
 
     @functools.cache
     def losses(mesh):
-        run = Run(tiny(tmp_path, mesh=mesh, optimizer=Muon(warmup_steps=1)), tmp_path)
+        model = Model(width=32, depth=1, mixers=(Miras(variants.retnet(), 2),))
+        muon = Muon(warmup_steps=1)
+        run = Run(tiny(tmp_path, model=model, mesh=mesh, optimizer=muon), tmp_path)
         run.model = FunctionalModel(run.experiment.model, 257)
         state, found = run.initial_state(), []
         for _ in range(4):

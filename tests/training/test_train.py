@@ -19,6 +19,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from miras_jax import variants
+from miras_jax.errors import UserError
 from miras_jax.nn.attention import Attention
 from miras_jax.nn.miras import Miras
 from miras_jax.nn.model import Model
@@ -279,3 +280,22 @@ def test_kill_dash_nine(tmp_path, straight):
         hashlib.sha256(b"".join(r["state"])).hexdigest() for r in (found, straight)
     ]
     assert digests[0] == digests[1]
+
+
+def traces(folder):
+    return list((folder / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_steps_are_traced(tmp_path):
+    """Those that were asked for, or what of them there was before the run ended."""
+    experiment = tiny(tmp_path, steps=4)
+    train(experiment, tmp_path / "run", traced=(2, 3))
+    (trace,) = traces(tmp_path)
+    assert trace.stat().st_size > 0
+    with pytest.raises(UserError, match="counted from 1"):
+        train(experiment, tmp_path / "run", traced=(3, 2))
+    longer = replace(experiment, steps=6)
+    train(longer, tmp_path / "run", traced=(2, 3))
+    assert len(traces(tmp_path)) == 1, "steps that were taken before"
+    train(replace(experiment, steps=8), tmp_path / "run", traced=(8, 20))
+    assert len(traces(tmp_path)) == 2
