@@ -98,7 +98,6 @@ def train_step(
     stop `[devices]`: 1 where a process was asked to stop; the sum reaches all of them
     in the same step.
     """
-
     (loss, carry), gradients = loss_and_gradients(
         model, state.parameters, tokens, state.carry, parts
     )

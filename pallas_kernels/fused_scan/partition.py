@@ -1,7 +1,8 @@
-"""Kernels on several devices: each runs its own elements.
+"""Scans on several devices: each runs its own elements.
 
 XLA cannot split what it cannot look into, and refuses a kernel in a program for several
-devices unless it is told how. `split_over` tells it, once for a model.
+devices unless it is told how. `split_over` tells it, once for a model. A scan in plain
+XLA it splits by itself, but sums over devices where it could wait (`own_consts`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -87,9 +88,8 @@ def own_consts(step: Callable, carry: Any, xs: Any, consts: Any) -> Any:
     scalars = [jnp.ravel(x)[0] for x in jax.tree.leaves(after) if jnp.size(x)]
 
     def own(x):
-        return (
-            _own(x, scalars) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
-        )
+        has_gradient = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        return _own(x, scalars) if has_gradient else x
 
     return jax.tree.map(own, consts)
 
