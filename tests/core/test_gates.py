@@ -47,6 +47,20 @@ def test_a_divergence_leaves_a_chunk_without_steps_alone(generator):
     assert error(gate.settle(start, start + 0.7), start) < 1e-6
 
 
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_a_weight_of_nearly_nothing_grows_without_overflow(generator):
+    gate = retention.FDivergence(generator, mass=3.0)
+    start = jnp.asarray([[3.0], [1e-37]], jnp.float32)
+
+    def settled(steps):
+        return jnp.sum(jnp.asarray([[1.0], [2.0]]) * gate.settle(start, start + steps))
+
+    steps = jnp.asarray([[0.0], [300.0]])
+    matrix, gradient = gate.settle(start, start + steps), jax.grad(settled)(steps)
+    np.testing.assert_allclose(jnp.sum(matrix), 3.0, rtol=1e-6)
+    assert np.all(matrix >= 0) and np.all(np.isfinite(gradient))
+
+
 def test_the_kl_divergence_is_memora_without_forgetting():
     gates = retention.FDivergence("kl", mass=4.0), retention.KL(mass=4.0)
     with jax.enable_x64(True):

@@ -177,7 +177,10 @@ class FDivergence(Gate):
         x = jax.lax.stop_gradient(jax.lax.fori_loop(0, rounds, halve, bounds)[1])
         # A step of Newton's method, whose derivative is that of the implicit function.
         slope = jax.lax.stop_gradient(jax.jvp(total, (x,), (jnp.ones_like(x),))[1])
-        x = x - (total(x) - self.mass) / jnp.where(slope < 0, slope, -jnp.inf)
+        newton = (total(x) - self.mass) / jnp.where(slope < 0, slope, -jnp.inf)
+        # Where a weight of nearly nothing must grow by more than x can resolve, x is at
+        # its bound, such a step would overflow, and the mass is made up for below.
+        is_short = jnp.abs(newton) <= 1e-3 * jnp.maximum(1, -low)
+        x = x - jnp.where(is_short, newton, 0)
         weights = anchor * generator.inverse(steps - x)
-        # Where a weight of nearly nothing must grow by more than x can resolve.
         return weights * (self.mass / jnp.sum(weights, axis=self.axis, keepdims=True))
