@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from miras_jax.core import causal, coefficients, readout
+from miras_jax.core import causal, coefficients, exact, readout
 from miras_jax.core.bias import L2, DotProduct
 from miras_jax.core.product import Dot, column
 from miras_jax.core.rule import Rule
@@ -142,7 +142,7 @@ def block(
         settled = rule.settled(state.dual, *ending, dot)
         after = after._replace(dual=settled, stride=())
     if rule.reads_exactly:
-        read = partial(readout.exactly, dot, rule, params, anchor_dual, state, flows)
+        read = partial(exact.exactly, dot, rule, params, anchor_dual, state, flows)
         outputs = read(queries, rates, inputs, cotangents, strides, written, seen.sums)
     elif rule.readout == "start" and (rule.has_anchor or not rule.is_plain):
         outputs = rule.memory.read(lambda i, x: dot(x, anchor[i]), params, queries)

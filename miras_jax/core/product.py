@@ -7,6 +7,7 @@ dtype, and without a matrix product of a single column.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -147,6 +148,16 @@ def total(x: jax.Array) -> jax.Array:
         rows = x.reshape(-1, math.gcd(len(x), 32), x.shape[1])
         x = jax.lax.optimization_barrier(jnp.sum(rows, axis=1))
     return jnp.sum(x, keepdims=True)
+
+
+def totals(matrices: Sequence[jax.Array]) -> jax.Array:
+    """The sum of all entries of each, `[n, 1]`."""
+    columns = np.eye(len(matrices))[:, :, None]
+    rows = [
+        jnp.asarray(one, x.dtype) * jnp.sum(x, axis=0, keepdims=True)
+        for one, x in zip(columns, matrices, strict=True)
+    ]
+    return jnp.sum(reduce(jnp.add, rows), axis=1, keepdims=True)
 
 
 def prefix_sum(

@@ -49,7 +49,7 @@ PRIMITIVES = frozenset(
     "abs add add_any and atan2 broadcast_in_dim concatenate convert_element_type copy "
     "div dot_general eq exp exp2 ge gt integer_pow iota is_finite le log log1p "
     "logistic lt max min mul ne neg not or pow reduce_max reduce_min reduce_sum "
-    "reshape rsqrt scan select_n sign square sqrt squeeze stop_gradient sub tanh "
+    "reshape rsqrt scan select_n sign split square sqrt squeeze stop_gradient sub tanh "
     "transpose".split()
 )
 """Operations of a step that Mosaic compiles."""

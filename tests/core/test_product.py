@@ -79,6 +79,18 @@ def test_weights_of_a_proportional_gate_are_the_scaled_dual(gate, float64):
         np.testing.assert_allclose(gate.weights(a), gate.scale(a) * a, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "gate", [retention.Decay(), retention.Lq(4.0), retention.Lq(3.5), retention.Lq(6.0)]
+)
+def test_scales_are_those_of_matrices_of_these_sizes(gate, float64):
+    (duals,) = _operands([(6, 5)], jnp.float64)
+    duals = [a / jnp.linalg.norm(a) for a in duals]
+    sizes = jnp.asarray([[0.3], [7.0]])
+    pairs = zip(sizes, duals, strict=True)
+    expected = jnp.stack([gate.scale(size[0] * a).reshape(1) for size, a in pairs])
+    np.testing.assert_allclose(gate.scales(duals, sizes), expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("gate", [retention.Lq(4.0, "mirror"), retention.KL()])
 def test_other_gates_are_not_proportional(gate):
     assert not gate.proportional

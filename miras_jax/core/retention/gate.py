@@ -1,11 +1,12 @@
 """What a retention gate is, and those whose weights are their dual: Keep, Decay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from miras_jax.core.types import Choice
 from miras_jax.errors import UserError
@@ -35,6 +36,12 @@ class Retention(Protocol):
 
     proportional: bool  # whether weights(A) = scale(A) A, with one number for A
 
+    def scales(self, duals: Sequence[jax.Array], sizes: jax.Array) -> jax.Array:
+        """scale(size A) of each of several A with |A|_2 at most 1: `[n, 1]`, as sizes.
+
+        Asked of proportional gates.
+        """
+
     def read(
         self, product: Callable[[jax.Array], jax.Array], dual: jax.Array, inputs: int
     ) -> jax.Array:
@@ -61,6 +68,14 @@ class Gate(Choice):
     @property
     def settles(self):
         return type(self).settle is not Gate.settle
+
+    def scales(self, duals, sizes):
+        masks = [
+            jnp.asarray(column, sizes.dtype)
+            for column in np.eye(len(duals))[:, :, None]
+        ]
+        pairs = zip(masks, duals, strict=True)
+        return sum(one * self.scale(jnp.sum(one * sizes) * a) for one, a in pairs)
 
     def read(self, product, dual, inputs):
         return product(self.weights(dual))

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from miras_jax.core.product import total
+from miras_jax.core.product import total, totals
 from miras_jax.core.retention.gate import Gate
 from miras_jax.core.types import Choice
 from miras_jax.errors import UserError
@@ -20,13 +20,16 @@ def q_norm(x: jax.Array, q: float) -> jax.Array:
     """
     square = jax.lax.stop_gradient(total(x * x))
     scale = jnp.where(square > 0, square, 1) ** 0.5
-    powers = total(_raised(jnp.abs(x * (1 / scale)), q))
-    return scale * jnp.where(powers > 0, powers, 1) ** (1 / q)
+    return scale * _root(total(_raised(x * (1 / scale), q)), q)
 
 
 def _raised(x: jax.Array, q: float) -> jax.Array:
-    """x^q, by products where q is whole."""
-    return x ** (int(q) if q == int(q) else q)
+    """|x|^q, by products where q is whole."""
+    return (x if q % 2 == 0 else jnp.abs(x)) ** (int(q) if q == int(q) else q)
+
+
+def _root(powers: jax.Array, q: float) -> jax.Array:
+    return jnp.where(powers > 0, powers, 1) ** (1 / q)
 
 
 SMALLEST_NORM = 1e-9
@@ -100,6 +103,14 @@ class Lq(Gate):
             return size ** (2 - self.q)
         # The scalar s that brings s A closest to W: <A, W> / <A, A>.
         return size**2 / jnp.sum(jnp.square(dual), keepdims=True)
+
+    def scales(self, duals, sizes):
+        if self.q > 4:
+            # Powers of what is far below its bound could vanish.
+            norms = totals([q_norm(a, self.q) for a in duals])
+        else:
+            norms = _root(totals([_raised(a, self.q) for a in duals]), self.q)
+        return jnp.maximum(sizes * norms, SMALLEST_NORM) ** (2 - self.q)
 
     def _norm(self, dual):
         norm = q_norm(dual, self.q)

@@ -1,0 +1,84 @@
+"""Duals of several tokens from one product, as TPUs make them."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import miras_jax as miras
+from miras_jax import algorithm, memory, retention, variants
+from miras_jax.core import exact, together
+from pallas_kernels.fused_scan import target
+from tests import core
+
+MONETA = replace(variants.moneta(), readout="exact", chunk_size=6)
+RULE = replace(MONETA, memory=memory.Linear())
+RULES = {
+    "moneta": MONETA,
+    "lq of an odd power": replace(RULE, retention=retention.Lq(3.5)),
+    "lq of a high power": replace(RULE, retention=retention.Lq(6.0)),
+    "lq, mirror": replace(RULE, retention=retention.Lq(4.0, "mirror")),
+    "kl": replace(MONETA, retention=retention.KL(mass=4.0)),
+    "settling": replace(MONETA, retention=retention.FDivergence("kl")),
+    "momentum": replace(RULE, algorithm=algorithm.Momentum()),
+    "window": replace(RULE, algorithm=algorithm.Omega(window=5)),
+}
+
+
+def results(rule, length):
+    """Outputs, the duals they leave, and all gradients."""
+    params, tokens = core.inputs(core.Case("", rule), length)
+    weights = np.random.default_rng(1).normal(size=tokens.values.shape)
+
+    def read(params, tokens):
+        state = rule.start(params)
+        outputs, state = miras.run(rule, params, state, tokens, implementation="xla")
+        return jnp.sum(weights * outputs), (outputs, state.dual)
+
+    with jax.enable_x64(True):
+        gradients = core.jit(jax.value_and_grad(read, (0, 1), has_aux=True))
+        return jax.tree.leaves(gradients(params, tokens))
+
+
+@pytest.fixture(autouse=True)
+def groups_of_three(monkeypatch):
+    monkeypatch.setattr(exact, "GROUP", 3)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """How often duals were made together."""
+    calls = []
+    of = together.TokenMatrices.of
+    monkeypatch.setattr(
+        together.TokenMatrices, "of", lambda *args: calls.append(1) or of(*args)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_they_are_those_that_are_made_one_by_one(name, made):
+    rule = RULES[name]
+    length = 2 * rule.chunk_size
+    expected = results(rule, length)
+    assert not made
+    with target("tpu", interpret=True):
+        actual = results(rule, length)
+    assert made
+    errors = [core.error(*pair) for pair in zip(actual, expected, strict=True)]
+    assert max(errors) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "rule, channels",
+    [(RULE, True), (replace(variants.lact(), readout="exact"), False)],
+    ids=["channels", "muon"],
+)
+def test_what_is_not_one_number_per_token_is_made_one_by_one(rule, channels, made):
+    rule = replace(rule, chunk_size=4)
+    params, tokens = core.inputs(core.Case("", rule, channels), 8)
+    with target("tpu", interpret=True):
+        jax.eval_shape(core.run_whole(rule, "xla"), params, tokens)
+    assert not made
