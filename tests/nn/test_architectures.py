@@ -52,7 +52,7 @@ def program(name):
 def test_decoding_gives_the_logits_of_the_whole(name):
     params, tokens = shaken(program(name).initial), nn.token_ids()
     whole = program(name).logits(params, tokens)
-    in_parts, _ = program(name).decode(params, tokens, (16, *[1] * 7))
+    in_parts, _ = program(name).decode(params, tokens, (16, *[1] * 8))
     assert error(in_parts, whole) < 1e-4
 
 

@@ -47,7 +47,7 @@ def whole_logits(program, params, tokens):
 
 @pytest.mark.parametrize(
     "parts",
-    [(11, *[1] * 12), (1,) * LENGTH, (11, 11, 1)],
+    [(11, *[1] * 13), (1,) * LENGTH, (11, 11, 1, 1)],
     ids=["prefill-then-tokens", "tokens", "two-prefills"],
 )
 def test_reading_in_parts_gives_the_logits_of_the_whole(program, params, parts):
@@ -81,7 +81,7 @@ def test_the_cache_grows_with_full_attention_alone(program, params):
 
 def test_reading_leaves_the_shape_of_the_cache(program, params):
     before = program.start(params)
-    _, after = program.decode(params, nn.token_ids(), (11, 12))
+    _, after = program.decode(params, nn.token_ids(), (11, 11, 1, 1))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
 
