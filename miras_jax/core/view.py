@@ -15,7 +15,7 @@ class View(NamedTuple):
     """How the matrices of tokens are laid out: as they are, or transposed.
 
     A matrix with more inputs than outputs leaves lanes of a TPU idle that its transpose
-    fills.
+    fills, and makes deeper products (`together.py`).
     """
 
     gate: Retention
@@ -25,7 +25,7 @@ class View(NamedTuple):
     def of(rule, dual) -> "View":
         gate = rule.retention
         plain = not rule.settles and gate.transposed is not None
-        if platform() == "tpu" and plain and dual.shape[0] > dual.shape[1]:
+        if platform() and plain and dual.shape[0] > dual.shape[1]:
             return View(gate.transposed, True)
         return View(gate, False)
 
