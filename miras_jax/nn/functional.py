@@ -57,6 +57,17 @@ class FunctionalModel:
         """Logits `[B, L, vocab]` and the cache after tokens `[B, L]`."""
         return self.bind(parameters)(tokens, cache, segment_ids)
 
+    def losses(
+        self,
+        parameters: Parameters,
+        tokens: jax.Array,
+        targets: jax.Array,
+        cache: Any = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """-log p(target) in nats after tokens `[B, L]`, and the cache after them."""
+        return self.bind(parameters).losses(tokens, targets, cache, segment_ids)
+
     def start(self, parameters: Parameters, batch: int, max_length: int) -> Any:
         """The decoding cache before the first token."""
         return self.bind(parameters).start(batch, max_length)

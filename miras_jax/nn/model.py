@@ -11,6 +11,7 @@ from flax import nnx
 from miras_jax.core import variants
 from miras_jax.core.types import Choice
 from miras_jax.errors import UserError
+from miras_jax.nn.cross_entropy import cross_entropy
 from miras_jax.nn.layers import Projection, RMSNorm, SwiGLU, multiply, param
 from miras_jax.nn.logical import constrain, gathered
 from miras_jax.nn.miras import Miras
@@ -40,6 +41,8 @@ class Model(Choice):
     compute_dtype: of activations and matrix operands; parameters and memory states are
     float32 always.
     remat: "block" stores only the input of each block for the backward pass.
+    vocab_blocks: the loss has logits of one such part of the vocabulary at a time,
+    computed once more for the backward pass (`miras_jax.nn.cross_entropy`).
     """
 
     width: int = 256
@@ -49,6 +52,7 @@ class Model(Choice):
     embedding: Literal["tied", "untied"] = "tied"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "block"] = "none"
+    vocab_blocks: int = 1
 
     def __post_init__(self):
         for name, allowed in (
@@ -64,6 +68,10 @@ class Model(Choice):
                 )
         if not self.mixers or self.depth < 1:
             raise UserError("Model needs at least one mixer and one block.")
+        if self.vocab_blocks < 1:
+            raise UserError(
+                f"Model(vocab_blocks=...) is at least 1; got {self.vocab_blocks}."
+            )
         if self.depth % len(self.mixers):
             raise UserError(
                 f"depth {self.depth} is no multiple of the {len(self.mixers)} mixers "
@@ -161,7 +169,8 @@ class LanguageModel(nnx.Module):
         """What the blocks read: token ids `[B, L]` -> `[B, L, D]`."""
         # Whole on the way back, too: split along the width, every device would need all
         # tokens' gradients for its part.
-        matrix = constrain(self._matrix(), "vocab", None)
+        matrix = self.embedding[...].astype(self.config.compute_dtype)
+        matrix = constrain(gathered(matrix, self.embedding.axes), "vocab", None)
         x = matrix[tokens] * self.config.width**0.5
         return constrain(x, "batch", None, None)
 
@@ -180,6 +189,23 @@ class LanguageModel(nnx.Module):
         what is read in one, and `jax.lax.stop_gradient` of the cache between them
         truncates backpropagation there.
         """
+        x, caches = self._read(tokens, cache, segment_ids)
+        return self._logits(x, self._rows()), caches
+
+    def losses(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        cache: Any = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """-log p(target) in nats after each token, `[B, L]`, and the cache."""
+        x, caches = self._read(tokens, cache, segment_ids)
+        blocks = self.config.vocab_blocks
+        return cross_entropy(self._logits, x, self._rows(), targets, blocks), caches
+
+    def _read(self, tokens, cache, segment_ids):
+        """What the output is computed of, `[B, L, D]`, and the cache."""
         x = self.embed(tokens)
         graph, params = nnx.split(self.groups)
 
@@ -190,15 +216,16 @@ class LanguageModel(nnx.Module):
         if self.config.remat == "block":
             read_group = jax.checkpoint(read_group)
         x, caches = jax.lax.scan(read_group, x, (params, cache))
-        x = self.norm(x)
-        if self.output is None:
-            logits = multiply(x, self._matrix().T)
-        else:
-            logits = self.output(x)
-        logits = constrain(logits.astype(jnp.float32), "batch", None, "vocab")
-        return logits, None if cache is None else caches
+        return self.norm(x), None if cache is None else caches
 
-    def _matrix(self) -> jax.Array:
-        """The embedding as it is computed with."""
-        matrix = self.embedding[...].astype(self.config.compute_dtype)
-        return gathered(matrix, self.embedding.axes)
+    def _rows(self) -> jax.Array:
+        """What each token's logit is the product with, `[vocab, D]`."""
+        matrix = (
+            self.embedding[...] if self.output is None else self.output.weight[...].T
+        )
+        return gathered(matrix.astype(self.config.compute_dtype), ("vocab", "embed"))
+
+    def _logits(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """Of the tokens of these rows."""
+        logits = multiply(x, rows.T)
+        return constrain(logits.astype(jnp.float32), "batch", None, "vocab")

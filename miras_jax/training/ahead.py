@@ -116,5 +116,5 @@ def _explained(error: Exception, slice_name: str) -> Exception:
     return UserError(
         f"the train step does not fit into a device of {slice_name} ({reason}); use a "
         "larger slice or Mesh(fsdp=...), Experiment(accumulation=...), fewer rows, "
-        "Model(remat='block') or compute_dtype='bfloat16'"
+        "Model(remat='block'), vocab_blocks=... or compute_dtype='bfloat16'"
     )

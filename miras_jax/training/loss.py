@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from miras_jax.nn.functional import FunctionalModel, Parameters
 
@@ -19,9 +18,8 @@ def token_losses(
     tokens.
     """
     tokens, segment_ids = split_rows(rows)
-    logits, carry = model.apply(parameters, tokens[:, :-1], carry, segment_ids)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return losses, carry
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    return model.losses(parameters, inputs, targets, carry, segment_ids)
 
 
 def split_rows(rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
