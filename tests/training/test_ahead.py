@@ -18,19 +18,21 @@ LENGTH, WIDTH = 4096, 64
 ROW = LENGTH * WIDTH * 2
 """Bytes of a row's activations, in bfloat16."""
 
+MODEL = Model(
+    width=WIDTH,
+    depth=2,
+    mixers=(Miras(Rule(memory.Linear(), chunk_size=8), num_heads=2),),
+    compute_dtype="bfloat16",
+    remat="block",
+)
+
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     """On rows of which one is larger than all parameters."""
     experiment = tiny(
         tmp_path_factory.mktemp("ahead"),
-        model=Model(
-            width=WIDTH,
-            depth=2,
-            mixers=(Miras(Rule(memory.Linear(), chunk_size=8), num_heads=2),),
-            compute_dtype="bfloat16",
-            remat="block",
-        ),
+        model=MODEL,
         batch_size=8,
     )
     return replace(experiment, data=replace(experiment.data, context_length=LENGTH))
@@ -79,8 +81,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     file.write_text(
         "from pathlib import Path\n"
         "from tests.training.runs import tiny\n"
+        "from tests.training.test_ahead import MODEL\n"
         "def experiment():\n"
-        f"    return tiny(Path({str(tmp_path)!r}))\n"
+        f"    return tiny(Path({str(tmp_path)!r}), model=MODEL)\n"
     )
     assert cli.main(["compile", str(file), "--slice", "v5e:1x1"]) == 0
     lines = capsys.readouterr().out.splitlines()
