@@ -33,8 +33,8 @@ def exactly(
     """What the queries read, each at its own weights.
 
     A matrix at a time: it takes its steps while what its tokens ask of it is read, so
-    that no more than one of a token's own matrices exists; or, on matrix units that
-    would idle else, several are made at once (`together.py`). Where the weights are the
+    that no more than one of a token's own matrices exists; or, where there are matrix
+    units, several are made at once (`together.py`). Where the weights are the
     dual times a number, only that number is asked for, and x A_t is read as in the
     linear readout. sums `[C, n]`: which pairs make a token's step, where that is more
     than its own.

@@ -1,4 +1,4 @@
-"""The duals of several tokens from one product, on matrix units that would idle else.
+"""The duals of several tokens from one product.
 
 A_t = K_t A_c + M_t S_c + sum_s D_ts a_s d_s^T, S_c the momentum, is a product
 
@@ -53,12 +53,12 @@ class TokenMatrices(NamedTuple):
             jnp.concatenate([own] * len(carried) + [a.T], axis=1),
             jnp.concatenate([matrix for _, matrix in carried] + [d]),
             jnp.concatenate([kept * ones for kept, _ in carried] + [mix], axis=1),
+            # Below 1e-22 squares vanish: its inverse is finite.
             jnp.where(sizes > 0, sizes, 1),
         )
 
     def scales(self, dot, gate, group: int) -> jax.Array:
         """The gate's scale of every A_t, `[C, 1]`."""
-
         unit = self._replace(rates=self.rates * (1 / self.sizes))
         return unit._map(dot, gate.scales, self.sizes, group)
 

@@ -27,7 +27,7 @@ def cross_entropy(
     spread = jnp.pad(rows, ((0, size * blocks - vocab), (0, 0)))
     spread = jnp.swapaxes(spread.reshape(size, blocks, -1), 0, 1)
     # Its gradient is summed over blocks, which needs more digits than a product.
-    wide = x.astype(jnp.float32)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
     def read(_, block):
         first, rows = block

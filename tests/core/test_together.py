@@ -1,6 +1,7 @@
 """Duals of several tokens from one product, as TPUs and GPUs make them."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 import miras_jax as miras
 from miras_jax import algorithm, memory, retention, variants
 from miras_jax.core import exact, together
+from miras_jax.core.product import Dot
+from miras_jax.core.steps import Carried, TokenSteps
 from pallas_kernels.fused_scan import target
 from tests import core
 
@@ -69,6 +72,23 @@ def test_they_are_those_that_are_made_one_by_one(name, made):
     assert made
     errors = [core.error(*pair) for pair in zip(actual, expected, strict=True)]
     assert max(errors) < 1e-10
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-12, 1.0, 1e8])
+def test_scales_of_duals_of_any_size(size):
+    gate, matrix = retention.Lq(4.0), np.random.default_rng(0).normal(size=(4, 6))
+    dual = jnp.asarray(size * matrix / np.linalg.norm(matrix), jnp.float32)
+    ones, none = jnp.ones((2, 1)), jnp.zeros((2, 2))
+    flow = SimpleNamespace(
+        start=Carried(ones, ones[:1], None),
+        momentum_in_dual=None,
+        steps=TokenSteps(none, none[:, :1]),
+    )
+    a, d = jnp.zeros((2, 4)), jnp.zeros((2, 6))
+    matrices = together.TokenMatrices.of(flow, dual, (), a, d)
+    scales = matrices.scales(Dot(dual.dtype, dual.dtype), gate, 2)
+    expected = gate.scale(dual).item()
+    np.testing.assert_allclose(scales, np.full((2, 1), expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
