@@ -49,7 +49,7 @@ def exactly(
     def grouped(x):
         return x.reshape(-1, group, x.shape[1])
 
-    def own(i, x):
+    def factor(i, x):
         """x W_t, or the number that x A_t is multiplied by."""
         side, keep = keeps[i]
         stride = strides[i] if strides else None
@@ -58,7 +58,8 @@ def exactly(
         start, momentum = map(view.turned, (state.dual[i], state.momentum[i : i + 1]))
         before = view.turned(anchor[i])
         if together.makes(rule, flows[i]):
-            matrices = together.TokenMatrices.of(flows[i], start, momentum, a, d)
+            of = together.TokenMatrices.of
+            matrices = of(flows[i], start, momentum, a, d, only_scales=proportional)
             if proportional:
                 return matrices.scales(dot, view.gate, group)
 
@@ -79,18 +80,18 @@ def exactly(
 
         def read_token(rows, carry, one):
             dual, running, total = carry
-            rates = jax.tree.map(partial(row, one), rows._replace(x=None, pairs=None))
+            own = jax.tree.map(partial(row, one), rows._replace(x=None, pairs=None))
             if sums is None:
                 step = dot.columns(*(alone(one, part) for part in rows.pairs))
             else:
                 step = dot.columns(column(row(one, rows.pairs)) * a, d)
             if running:
-                step = rates.momentum * running[0] + step
+                step = own.momentum * running[0] + step
                 running = (step,)
-            dual = view.factor(side, rates.keep) * dual
+            dual = view.factor(side, own.keep) * dual
             if not rule.algorithm.settles:
-                dual = dual + (step if written is None else rates.written * step)
-            sizes = (view.factor(stride.side, rates.stride),) if stride else ()
+                dual = dual + (step if written is None else own.written * step)
+            sizes = (view.factor(stride.side, own.stride),) if stride else ()
             (settled,) = rule.settled((before,), (dual,), running, sizes, dot)
             if proportional:
                 read = one * view.gate.scale(settled)
@@ -111,8 +112,8 @@ def exactly(
 
     def product(i, x):
         if not proportional:
-            return own(i, x)
-        return own(i, x) * readout.product_at(
+            return factor(i, x)
+        return factor(i, x) * readout.product_at(
             dot,
             rule,
             flows,

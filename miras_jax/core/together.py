@@ -5,9 +5,13 @@ A_t = K_t A_c + M_t S_c + sum_s D_ts a_s d_s^T, S_c the momentum, is a product
     A_t = ([I, I, a^T] * [K_t, M_t, D_t1, ..., D_tn]) [A_c; S_c; d]
 
 of a left side with the token's rates on its columns and a right side that all tokens of
-a chunk share, 128 rows for 64 inputs and 64 tokens. On TPU it takes the place of passes
-of the vector unit over every matrix, on GPU that of a loop over tokens. On a CPU, which
-multiplies no faster than it adds, it takes four to six times as long as that loop.
+a chunk share, 128 rows for 64 inputs and 64 tokens. Its operands are rounded: a norm
+averages that out, but a softmax would make relative errors of absolute ones, so that
+what is carried is added in full precision where more than a norm is asked for.
+
+On TPU this takes the place of passes of the vector unit over every matrix, on GPU that
+of a loop over tokens. On a CPU, which multiplies no faster than it adds, it takes four
+to six times as long as that loop.
 """
 
 from collections.abc import Callable
@@ -36,9 +40,10 @@ class TokenMatrices(NamedTuple):
     right: jax.Array  # [n, out]
     rates: jax.Array  # [C, n], of a token, what multiplies the columns of left
     sizes: jax.Array  # [C, 1], |A_t|_2 at most, and so without a derivative
+    added: tuple[tuple[jax.Array, jax.Array], ...]  # K_t `[C, 1]` and A_c, or none
 
     @staticmethod
-    def of(flow, start, momentum, a, d) -> "TokenMatrices":
+    def of(flow, start, momentum, a, d, only_scales: bool) -> "TokenMatrices":
         """Of a matrix and its momentum, with the factors of the steps a_s d_s^T."""
         carried = [(flow.start.kept, start)]
         if flow.momentum_in_dual is not None:
@@ -49,12 +54,16 @@ class TokenMatrices(NamedTuple):
         bounds = [jnp.abs(kept) * _norm(matrix) for kept, matrix in carried]
         bounds.append(apply(jnp.abs(mix), _norm(a, 1) * _norm(d, 1)))
         sizes = jax.lax.stop_gradient(sum(bounds))
+        # Below 1e-22 squares vanish: its inverse is finite.
+        sizes = jnp.where(sizes > 0, sizes, 1)
+        if not only_scales:
+            return TokenMatrices(a.T, d, mix, sizes, tuple(carried))
         return TokenMatrices(
             jnp.concatenate([own] * len(carried) + [a.T], axis=1),
             jnp.concatenate([matrix for _, matrix in carried] + [d]),
             jnp.concatenate([kept * ones for kept, _ in carried] + [mix], axis=1),
-            # Below 1e-22 squares vanish: its inverse is finite.
-            jnp.where(sizes > 0, sizes, 1),
+            sizes,
+            (),
         )
 
     def scales(self, dot, gate, group: int) -> jax.Array:
@@ -74,12 +83,17 @@ class TokenMatrices(NamedTuple):
         """function(duals of a group, its rows of x), groups one below the other."""
 
         def body(_, rows):
-            x, rates = rows
+            x, rates, *added = rows
             masks = _masks(group, rates.dtype)
             left = _stacked(tuple(self.left * row(one, rates) for one in masks))
-            return None, function(jnp.split(dot(left, self.right), group), x)
+            duals = jnp.split(dot(left, self.right), group)
+            for kept, (_, matrix) in zip(added, self.added, strict=True):
+                pairs = zip(masks, duals, strict=True)
+                duals = [dual + row(one, kept) * matrix for one, dual in pairs]
+            return None, function(duals, x)
 
-        xs = [y.reshape(-1, group, y.shape[1]) for y in (x, self.rates)]
+        columns = (x, self.rates, *(kept for kept, _ in self.added))
+        xs = [y.reshape(-1, group, y.shape[1]) for y in columns]
         body = jax.checkpoint(body, prevent_cse=False)
         _, results = jax.lax.scan(body, None, xs)
         return results.reshape(len(x), -1)

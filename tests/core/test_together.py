@@ -56,7 +56,9 @@ def made(monkeypatch):
     calls = []
     of = together.TokenMatrices.of
     monkeypatch.setattr(
-        together.TokenMatrices, "of", lambda *args: calls.append(1) or of(*args)
+        together.TokenMatrices,
+        "of",
+        lambda *args, **how: calls.append(1) or of(*args, **how),
     )
     return calls
 
@@ -74,6 +76,26 @@ def test_they_are_those_that_are_made_one_by_one(name, made):
     assert max(errors) < 1e-10
 
 
+def test_logits_of_a_softmax_are_not_rounded():
+    """Those of bfloat16 tokens: as near to float32 as when made one by one."""
+    rule = replace(variants.memora(), readout="exact", chunk_size=8)
+    params, tokens = core.inputs(core.Case("", rule), 16)
+    params, tokens = jax.tree.map(lambda x: jnp.asarray(x, "f4"), (params, tokens))
+    params = params._replace(weights=tuple(8 * w for w in params.weights))
+    slow = tokens.rates._replace(keep=jnp.ones(16), learn=0.01 * tokens.rates.learn)
+    rounded = miras.Tokens(*(x.astype(jnp.bfloat16) for x in tokens[:3]), slow)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
+
+    def read(tokens):
+        start = rule.start(params)
+        return miras.run(rule, params, start, tokens, implementation="xla")[0]
+
+    expected, alone = jax.jit(read)(wide), jax.jit(read)(rounded)
+    with target("tpu", interpret=True):
+        found = jax.jit(lambda tokens: read(tokens))(rounded)
+    assert core.error(found, alone) < 0.1 * core.error(alone, expected)
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-12, 1.0, 1e8])
 def test_scales_of_duals_of_any_size(size):
     gate, matrix = retention.Lq(4.0), np.random.default_rng(0).normal(size=(4, 6))
@@ -85,7 +107,7 @@ def test_scales_of_duals_of_any_size(size):
         steps=TokenSteps(none, none[:, :1]),
     )
     a, d = jnp.zeros((2, 4)), jnp.zeros((2, 6))
-    matrices = together.TokenMatrices.of(flow, dual, (), a, d)
+    matrices = together.TokenMatrices.of(flow, dual, (), a, d, only_scales=True)
     scales = matrices.scales(Dot(dual.dtype, dual.dtype), gate, 2)
     expected = gate.scale(dual).item()
     np.testing.assert_allclose(scales, np.full((2, 1), expected), rtol=1e-5)
