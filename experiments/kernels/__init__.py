@@ -13,9 +13,9 @@ variants that are one program the first in the list of variants has a row: retne
 lightning_attention and mamba2, gla for hgrn2, mamba for longhorn_diagonal. Softmax
 attention is no scan and has none.
 
-layers_v5e.txt tells what whole layers have around their kernels (`layers.py`). Of
-kernels that took one head at a time, and older than the others, are v5e_64_xla.txt,
-with four variants beside plain XLA, v5p_64.txt and tpu7x_64.txt.
+layers_v5e.txt tells what whole layers have around their kernels (`layers.py`),
+v5e_64_xla.txt what plain XLA makes of four variants; tpu7x_64.txt has part of the
+variants.
 
 Expected: the tables as committed, up to changes of the compiler (libtpu 0.0.42.1). They
 are facts of compiled programs, not timings. A row that says "does not compile" has the

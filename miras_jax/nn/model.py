@@ -88,6 +88,11 @@ class Model(Choice):
         return self.hidden or -(-8 * self.width // 3 // 64) * 64
 
     def build(self, vocab_size: int, rngs: nnx.Rngs) -> "LanguageModel":
+        if self.vocab_blocks > vocab_size:
+            raise UserError(
+                f"Model(vocab_blocks={self.vocab_blocks}) makes more blocks than the "
+                f"vocabulary has tokens: {vocab_size}."
+            )
         return LanguageModel(self, vocab_size, rngs)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from miras_jax.errors import UserError
@@ -109,3 +110,9 @@ def test_no_more_is_sent_between_devices(sizes):
 def test_no_block_is_refused():
     with pytest.raises(UserError, match="vocab_blocks=.* at least 1; got 0"):
         replace(MODEL, vocab_blocks=0)
+
+
+def test_more_blocks_than_tokens_are_refused():
+    model = replace(MODEL, vocab_blocks=VOCAB + 1)
+    with pytest.raises(UserError, match="more blocks than the vocabulary has tokens"):
+        model.build(VOCAB, nnx.Rngs(0))
