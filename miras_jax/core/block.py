@@ -17,6 +17,7 @@ from miras_jax.core.product import Dot, column
 from miras_jax.core.rule import Rule
 from miras_jax.core.steps import SumSteps
 from miras_jax.core.types import Params, Rates, State, Tokens, state_dtype
+from miras_jax.core.updates import Updates
 
 
 def solves(rule: Rule) -> bool:
@@ -129,7 +130,8 @@ def block(
         return [made[id(flow), id(rate)] for flow, rate in pairs]
 
     flows = weighted(flow("after"))
-    after = _advance(dot, rule, flows, state, inputs, cotangents, strides, len(keys))
+    updates = Updates(dot, rule, state, flows, inputs, cotangents, strides)
+    after = _advance(updates, len(keys))
     curvature = state.curvature
     if rule.algorithm.curves:
         h, ridge = curvature
@@ -142,30 +144,21 @@ def block(
         settled = rule.settled(state.dual, *ending, dot)
         after = after._replace(dual=settled, stride=())
     if rule.reads_exactly:
-        read = partial(exact.exactly, dot, rule, params, anchor_dual, state, flows)
-        outputs = read(queries, rates, inputs, cotangents, strides, written, seen.sums)
+        outputs = exact.exactly(
+            updates, params, anchor_dual, queries, rates, written, seen.sums
+        )
     elif rule.readout == "start" and (rule.has_anchor or not rule.is_plain):
         outputs = rule.memory.read(lambda i, x: dot(x, anchor[i]), params, queries)
     else:
-        flows = weighted(flow("before")) if rule.readout == "start" else flows
+        if rule.readout == "start":
+            updates = updates._replace(flows=weighted(flow("before")))
         if rule.algorithm.curves:
             queries = rule.algorithm.turned(
-                dot, flows[0], state.curvature, keys, queries
+                dot, updates.flows[0], state.curvature, keys, queries
             )
         base = rule.linear_part(state) if rule.is_plain or not aligned else anchor
         scales = tuple(rule.retention.scale(a) for a in anchor_dual)
-        product = partial(
-            readout.product_at,
-            dot,
-            rule,
-            flows,
-            base,
-            scales,
-            state.momentum,
-            strides,
-            inputs,
-            cotangents,
-        )
+        product = partial(readout.product_at, updates, base, scales)
         outputs = rule.memory.read(product, params, queries)
     return outputs, rule.close(after, complete, dot)
 
@@ -241,10 +234,11 @@ def _solve_erasing(dot, rule, flow, state, keys, values, rates, erase_keys):
     return [(erased, keys)], [(recalled, -written)]
 
 
-def _advance(dot, rule, flows, state, inputs, cotangents, strides, length):
+def _advance(updates: Updates, length: int) -> State:
     """Points 2 and 3 for the whole block."""
+    dot, rule, state, *steps, strides = updates
     dual, momentum, kept = [], [], []
-    for i, (flow, a, d) in enumerate(zip(flows, inputs, cotangents, strict=True)):
+    for i, (flow, a, d) in enumerate(zip(*steps, strict=True)):
         total = flow.start.end(state.dual[i])
         if not rule.algorithm.settles:
             total = total - flow.steps.end(dot, a, d)

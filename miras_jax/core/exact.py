@@ -9,27 +9,14 @@ import numpy as np
 
 from miras_jax.core import coefficients, readout, together
 from miras_jax.core.product import column
+from miras_jax.core.updates import Updates
 from miras_jax.core.view import View, alone, row
 
 GROUP = 8
 """Tokens at most from one matrix that a derivative remembers to the next."""
 
 
-def exactly(
-    dot,
-    rule,
-    params,
-    anchor,
-    state,
-    flows,
-    queries,
-    rates,
-    inputs,
-    cotangents,
-    strides,
-    written,
-    sums,
-):
+def exactly(updates: Updates, params, anchor, queries, rates, written, sums):
     """What the queries read, each at its own weights.
 
     A matrix at a time: it takes its steps while what its tokens ask of it is read, so
@@ -39,6 +26,7 @@ def exactly(
     linear readout. sums `[C, n]`: which pairs make a token's step, where that is more
     than its own.
     """
+    dot, rule, state, flows, *_ = updates
     proportional = rule.retention.proportional and not rule.settles
     size = len(queries)
     group = next(n for n in range(GROUP, 0, -1) if size % n == 0)
@@ -52,9 +40,9 @@ def exactly(
     def factor(i, x):
         """x W_t, or the number that x A_t is multiplied by."""
         side, keep = keeps[i]
-        stride = strides[i] if strides else None
+        stride = updates.strides[i] if updates.strides else None
         view = View.of(rule, state.dual[i])
-        a, d = view.pair(inputs[i], -cotangents[i])
+        a, d = view.pair(updates.inputs[i], -updates.cotangents[i])
         start, momentum = map(view.turned, (state.dual[i], state.momentum[i : i + 1]))
         before = view.turned(anchor[i])
         if together.makes(rule, flows[i]):
@@ -113,19 +101,9 @@ def exactly(
     def product(i, x):
         if not proportional:
             return factor(i, x)
-        return factor(i, x) * readout.product_at(
-            dot,
-            rule,
-            flows,
-            state.dual,
-            (1,) * len(flows),
-            state.momentum,
-            strides,
-            inputs,
-            cotangents,
-            i,
-            x,
-        )
+        own_scale = (1,) * len(flows)
+        linear = readout.product_at(updates, state.dual, own_scale, i, x)
+        return factor(i, x) * linear
 
     return rule.memory.read(product, params, queries)
 

@@ -5,28 +5,29 @@ import jax.numpy as jnp
 
 from miras_jax.core.algorithm.muon import TINY_SQUARE
 from miras_jax.core.product import Dot
+from miras_jax.core.updates import Updates
 
 
-def product_at(
-    dot, rule, flows, base, scales, momentum, strides, inputs, cotangents, i, x
-):
+def product_at(updates: Updates, base, scales, i: int, x: jax.Array) -> jax.Array:
     """Point 4, linear: x W_t = K_t (x B) - scale ((x a^T) * D) (learn d)."""
-    flow = flows[i]
+    dot, rule, flow = updates.dot, updates.rule, updates.flows[i]
     if rule.algorithm.settles:
-        stride = strides[i] if strides else None
-        own = _provisional(dot, flow, momentum[i], stride, inputs[i], cotangents[i], x)
+        own = _provisional(updates, i, x)
     else:
-        own = -flow.steps.read(dot, x, inputs[i], cotangents[i])
+        own = -flow.steps.read(dot, x, updates.inputs[i], updates.cotangents[i])
     if flow.momentum_in_dual is not None:
-        own = own + flow.momentum_in_dual.read(dot, x, momentum[i])
+        own = own + flow.momentum_in_dual.read(dot, x, updates.state.momentum[i])
     if not rule.retention.is_identity:
         own = scales[i] * own
     return flow.start.read(dot, x, base[i]) + own
 
 
-def _provisional(dot, flow, momentum, stride, a, d, x):
+def _provisional(updates, i, x):
     """x (stride_t m_t / |m_t|), the norm of m_t by products of its factors alone."""
-    carried, steps = flow.momentum
+    dot, momentum = updates.dot, updates.state.momentum[i]
+    carried, steps = updates.flows[i].momentum
+    a, d = updates.inputs[i], updates.cotangents[i]
+    stride = updates.strides[i] if updates.strides else None
     full = Dot(x.dtype, x.dtype)
     kept, mix = carried.kept, steps.mix
     cross = jnp.sum(full(a, momentum) * d, axis=1, keepdims=True)
