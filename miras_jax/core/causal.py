@@ -90,13 +90,13 @@ def momentum_flow(
     if isinstance(steps, TokenSteps):
         if written is not None:
             steps = steps.scaled(written)
-        composed = steps.summed(own.steps.mix)
+        composed = steps.after(own.steps)
         carried = apply(steps.mix, through)
     else:
         mix, to_end = dense_decay(decay, when)
         if written is not None:
             mix, to_end = mix * written[None], to_end * written
-        composed = DenseSteps(mix, to_end, side).summed(own.steps.mix)
+        composed = DenseSteps(mix, to_end, side).after(own.steps)
         carried = jnp.einsum("trc,r->tc", mix, through[:, 0])
         steps = TokenSteps(mix, to_end)
     at_end = jnp.sum(steps.to_end * through, axis=0, keepdims=True)

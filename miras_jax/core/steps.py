@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from miras_jax.core.product import Dot, apply, column, row
+from miras_jax.core.product import Dot, apply, column, column_sums, row
 from miras_jax.core.sums import ChannelSums
 from miras_jax.core.types import Side
 
@@ -66,7 +66,7 @@ class Steps(Protocol):
         """The same for steps rate_s a_s d_s^T, rate `[C, 1]`."""
 
     def summed(self, sums: jax.Array) -> "Steps":
-        """The same for steps sum_i sums_si a_i d_i^T, sums `[C, n]`."""
+        """The same for steps sum_i sums_si a_i d_i^T, sums `[C, n]` of 0 and 1."""
 
     def scores(self, dot: Dot, x: jax.Array, a: jax.Array) -> jax.Array:
         """x_t^T D_ts a_s, zero for s that t does not see: `[C, C]`."""
@@ -88,8 +88,15 @@ class TokenSteps(NamedTuple):
         return TokenSteps(self.mix * row(rate), self.to_end * rate)
 
     def summed(self, sums):
+        return self._of(column_sums(self.mix, sums), sums)
+
+    def after(self, first: "TokenSteps") -> "TokenSteps":
+        """The same for what `first` makes of the steps: the product of both D."""
+        return self._of(apply(self.mix, first.mix), first.mix)
+
+    def _of(self, mix, sums):
         to_end = jnp.sum(sums * self.to_end, axis=0, keepdims=True)
-        return TokenSteps(apply(self.mix, sums), column(to_end))
+        return TokenSteps(mix, column(to_end))
 
     def scores(self, dot, x, a):
         return dot.rows(x, a) * self.mix
@@ -134,6 +141,9 @@ class DenseSteps(NamedTuple):
     def summed(self, sums):
         mix = jnp.einsum("tic,is->tsc", self.mix, sums)
         return DenseSteps(mix, sums.T @ self.to_end, self.side)
+
+    def after(self, first: TokenSteps) -> "DenseSteps":
+        return self.summed(first.mix)
 
     def scores(self, dot, x, a):
         return jnp.einsum("ti,si,tsi->ts", x, a, self.mix)

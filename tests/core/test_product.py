@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from miras_jax import retention
-from miras_jax.core.product import Dot, NarrowDot, prefix_sum, total
+from miras_jax.core.product import Dot, NarrowDot, column_sums, prefix_sum, total
 from pallas_kernels.fused_scan import target
 
 FORMS = {
@@ -120,3 +120,16 @@ def test_prefix_sums_of_kernels(precision, least, most):
     error = np.max(np.abs(found - np.cumsum(np.asarray(x[0], np.float64), axis=0)))
     assert least <= error / np.sum(np.abs(x[0]), axis=0).max() < most
     assert np.array_equal(gradient, np.arange(64)[:, None] <= np.full(3, 5))
+
+
+def test_column_sums_of_kernels():
+    """And no derivative of which columns there are."""
+    x, pick = (o[0] for o in _operands([(16, 16), (16, 23)], jnp.float32))
+    pick = (pick > 0).astype(pick.dtype)
+    with target("tpu", interpret=True):
+        found = column_sums(x, pick)
+        slope = jax.grad(lambda x, pick: jnp.sum(column_sums(x, pick)[3]), (0, 1))
+        of_x, of_pick = slope(x, pick)
+    assert np.max(np.abs(found - np.asarray(x, np.float64) @ pick)) < 1e-6
+    assert np.array_equal(of_x, np.outer(np.arange(16) == 3, pick.sum(axis=1)))
+    assert not of_pick.any()
