@@ -31,23 +31,24 @@ def normalised(matrix: jax.Array) -> jax.Array:
 def orthogonalised(matrix: jax.Array, iterations: int, dot: Dot) -> jax.Array:
     """U V^T of M = U S V^T, nearly: Newton-Schulz brings singular values close to 1.
 
-    X <- P X, P = a + b G + c G^2, G = X X^T, from X = M / |M|, on the side of M on
-    which G is the smaller one. As G <- P G P all the while, some iterations run on the
-    square G alone, with a product of their P for X at the end: for `[64, 256]` five
-    of them take 0.67 times the multiplications of those on X. Small singular values
-    are small against the rounding of G, so that G is taken from X anew after
+    X <- P X, P = a + b G + c G^2, G = X X^T, from X = M / |M|; X <- X P with G = X^T X
+    where that is the smaller one. As G <- P G P all the while, some iterations run on
+    the square G alone, with a product of their P for X at the end: for `[64, 256]` five
+    of them take 0.67 times the multiplications of those on X. Small singular values are
+    small against the rounding of G, so that G is taken from X anew after
     GRAM_ITERATIONS: in float32 all five on one G cost a rounding 50 times as large. If
     operands are bfloat16, as in the published code of Muon, G is always that of X.
     """
-    rows, columns = matrix.shape
-    if rows > columns:
-        return orthogonalised(matrix.T, iterations, dot).T
+    is_tall = len(matrix) > matrix.shape[1]
+    r, c = sorted(matrix.shape)
     x = normalised(matrix)
     # Multiplications / r^2: (4 n - 3) r + 2 c with n in a row, one by one n (r + 2 c).
-    pays = 3 * rows < 2 * columns and dot.operands == dot.accumulator
+    pays = 3 * r < 2 * c and dot.operands == dot.accumulator
     together = GRAM_ITERATIONS if pays else 1
     for done in range(0, iterations, together):
-        x = dot(_polynomial(dot, dot.rows(x, x), min(together, iterations - done)), x)
+        gram = dot.columns(x, x) if is_tall else dot.rows(x, x)
+        product = _polynomial(dot, gram, min(together, iterations - done))
+        x = dot(x, product) if is_tall else dot(product, x)
     return x
 
 
