@@ -37,7 +37,7 @@ def slide(past: Past, key, value, learn, threshold) -> tuple[tuple, Past]:
 
 
 class Window(NamedTuple):
-    """Rows of the past followed by those of a block's C tokens, n in all.
+    """Rows of a block's C tokens followed by those of the past, n in all.
 
     sums `[C, n]` says whose pairs each token learns from, next `[window - 1, n]` whose
     the next block's will still need. Both count written tokens alone, so that those
@@ -52,12 +52,9 @@ class Window(NamedTuple):
 
         A rate of one number per token is kept with equal channels; their mean is it.
         """
-        kept, size = len(past), len(block)
         if block.shape[1] < past.shape[1]:
             past = jnp.mean(past, axis=1, keepdims=True)
-        return prefix_sum(np.eye(kept + size, kept), past) + prefix_sum(
-            np.eye(kept + size, size, -kept), block
-        )
+        return jnp.concatenate([block, past])
 
     def ending(self, rows: jax.Array, channels: int) -> jax.Array:
         """The last window - 1 of the rows, with so many channels."""

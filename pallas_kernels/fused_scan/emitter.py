@@ -1,6 +1,6 @@
 """The code of a jaxpr, equation by equation and tile by tile, as `layout` plans it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +15,12 @@ from pallas_kernels.fused_scan.tiles import (
     REDUCTIONS,
     Index,
     Memory,
+    Part,
     Piece,
     Refused,
     axes,
     each,
+    is_precise,
     piece,
 )
 
@@ -52,7 +54,8 @@ class Emitter:
     """One run through the equations of a layout; see `layout.Layout.run`."""
 
     def __init__(self, layout, inputs, scratch, machine):
-        self.limit = layout.tuning.tile
+        self.tuning = layout.tuning
+        self.limit = self.tuning.tile
         self.slots = layout.slots
         self.scratch = scratch
         self.machine = machine
@@ -70,6 +73,14 @@ class Emitter:
 
     def shape(self, atom, index) -> tuple[int, ...]:
         return tuple(piece.size for piece in self.place(atom, index))
+
+    @contextmanager
+    def tiles_of(self, eqn):
+        """Inside, arrays are cut as suits the equation."""
+        before = self.limit
+        self.limit = self.tuning.precise if is_precise(eqn) else before
+        yield
+        self.limit = before
 
     @contextmanager
     def session(self):
@@ -98,7 +109,7 @@ class Emitter:
         tile = self.tile(atom, index)
         for axis in along:
             piece = self.place(atom, index)[axis]
-            if piece.valid < piece.size:
+            if piece.may_be_padded:
                 position = jax.lax.broadcasted_iota(jnp.int32, tile.shape, axis)
                 tile = jnp.where(position < piece.valid, tile, _full(tile, fill))
         return tile
@@ -162,6 +173,29 @@ class Emitter:
             raise _misaligned(eqn)
         return tile
 
+    def define(self, eqn) -> None:
+        """What is not stored: computed where it is read, or a part of what is."""
+        if eqn.primitive.name != "split":
+            self.defined[eqn.outvars[0]] = eqn
+            return
+        (atom,), axis = eqn.invars, eqn.params["axis"]
+        start = [0] * atom.aval.ndim
+        for out in eqn.outvars:
+            self.memory[out] = self.part(self.memory[atom], atom, out, start)
+            start[axis] += out.aval.shape[axis]
+
+    def part(self, memory: Memory, whole, part, start) -> Part:
+        """The memory of a part of an array, all tiles of which lie in this array's."""
+        for first, inner, outer in zip(
+            start, self.axes(part), self.axes(whole), strict=True
+        ):
+            if first + _end(inner) > _end(outer):
+                raise Refused(
+                    f"cannot take {part.aval} at {tuple(start)} of {whole.aval}, whose "
+                    "tiles end before its own"
+                )
+        return Part(memory, tuple(start))
+
     # Equations whose result is stored.
 
     def keep(self, eqn) -> None:
@@ -170,15 +204,26 @@ class Emitter:
             key, number = self.slots[out]
             memory = self.scratch[key][number]
             self.machine.barrier()  # others may still read what was in this slot
-            self.each(
-                out, lambda index: self.save(out, memory, self.result, eqn, index)
-            )
+            if eqn.primitive.name == "concatenate":
+                self.join(eqn, memory)
+            else:
+                with self.tiles_of(eqn):
+                    self.each(out, partial(self.save, out, memory, self.result, eqn))
             self.machine.barrier()
             self.memory[out] = memory
         else:
             index = (0,) * out.aval.ndim
             with self.session():
                 self.held[out] = self.result(eqn, index)
+
+    def join(self, eqn, memory: Memory) -> None:
+        """Concatenate: the padding of a part lies where the next one is written."""
+        (out,), axis = eqn.outvars, eqn.params["dimension"]
+        start = [0] * out.aval.ndim
+        for atom in eqn.invars:
+            part = self.part(memory, out, atom, start)
+            self.write(atom, part)
+            start[axis] += atom.aval.shape[axis]
 
     def loop(self, eqn, rounds) -> None:
         """A `scan`, whose results are slots: the carry at once that of every round."""
@@ -264,6 +309,10 @@ class Emitter:
 
         start = jnp.zeros(self.shape(product.out, index), product.out.aval.dtype)
         return each([self.axes(product.left)[product.left_inner]], add, start)
+
+
+def _end(axis: Sequence[Piece]) -> int:
+    return axis[-1].start + axis[-1].size
 
 
 def _full(tile, fill):

@@ -10,68 +10,41 @@ compiler can take their place.
 """
 
 from collections.abc import Sequence
-from itertools import chain
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
-from jax.extend import core
 
 from pallas_kernels.fused_scan import layout, triton
 from pallas_kernels.fused_scan.autodiff import Operand
 from pallas_kernels.fused_scan.layout import Layout, Tuning
 from pallas_kernels.fused_scan.program import Function, Program, Struct, floats
-from pallas_kernels.fused_scan.tiles import LEAST, axes
+from pallas_kernels.fused_scan.tiles import axes
 
 WARPS = 8
-TUNING = Tuning(tile=64)
-PRECISE = Tuning(tile=32)
-"""For kernels of several products at full precision, whose operands are in parts, if
-it makes these smaller: of chunks of 16 the backward kernel of Titans would spill."""
+TUNING = Tuning(tile=64, precise=32)
 
 
 def objection(program: Program) -> str | None:
     """See `autodiff`."""
 
     for function in (program.step, program.pull_back):
-        tiles = tuning(function)
-        machine = triton.Element(None, True, tiles)
-        if found := layout.objection(function.jaxpr, tiles, machine):
+        machine = triton.Element(None, True, TUNING)
+        if found := layout.objection(function.jaxpr, TUNING, machine):
             return f"the GPU kernel {found}"
     return None
-
-
-def tuning(function: Function) -> Tuning:
-    """What leaves the registers of a kernel with this function enough room."""
-    return PRECISE if _precise_products(function.jaxpr) > 1 else TUNING
-
-
-def _precise_products(jaxpr) -> int:
-    inner = (core.jaxprs_in_params(eqn.params) for eqn in jaxpr.eqns)
-    return sum(map(_is_precise, jaxpr.eqns)) + sum(
-        map(_precise_products, chain.from_iterable(inner))
-    )
-
-
-def _is_precise(eqn) -> bool:
-    return (
-        eqn.primitive.name == "dot_general"
-        and eqn.params["precision"] is not None
-        and all(atom.aval.dtype == jnp.float32 for atom in eqn.invars)
-        and any(min(atom.aval.shape) > PRECISE.tile for atom in eqn.invars)
-    )
 
 
 def forward(program: Program, size, carry, xs, consts, *, every, interpret):
     """See `autodiff`."""
     chunks = xs[0].array.shape[1]
     stretches = pl.cdiv(chunks, every) if every else 0
-    step = Layout(program.step.jaxpr, tuning(program.step))
+    step = Layout(program.step.jaxpr, TUNING)
 
     def kernel(zero, constants, starts, x, held, *results):
         ends, ys, saved, turns, scratch = results
-        n = triton.Element(zero, interpret, step.tuning)
+        n = triton.Element(zero, interpret, TUNING)
         starts = triton.rows(starts, carry, program.carry, n)
         triton.copy(starts, triton.arrays(turns, program.carry, n, 0))
 
@@ -131,13 +104,12 @@ def backward(
     stretches = pl.cdiv(chunks, every)
     d_carries, d_xs, d_consts = map(floats, (program.carry, program.x, program.consts))
     d_y, sums = floats(program.y), [_accumulator(leaf) for leaf in d_consts]
-    tiles = tuning(program.pull_back)
-    advance = Layout(program.advance.jaxpr, tiles)
-    pull_back = Layout(program.pull_back.jaxpr, tiles)
+    advance = Layout(program.advance.jaxpr, TUNING)
+    pull_back = Layout(program.pull_back.jaxpr, TUNING)
 
     def kernel(zero, constants, saved, x, held, d_ends, d_ys, *results):
         d_starts, d_x, d_held, turns, carries, scratch = results
-        n = triton.Element(zero, interpret, tiles)
+        n = triton.Element(zero, interpret, TUNING)
         d_held = triton.arrays(d_held, sums, n)
         triton.copy(
             triton.arrays(d_ends, d_carries, n), triton.arrays(turns, d_carries, n, 0)
@@ -240,8 +212,8 @@ def _stored_dtype(dtype) -> jnp.dtype:
 
 
 def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in whole tiles, of whatever extent."""
-    return tuple(sum(p.size for p in axis) for axis in axes(shape, LEAST))
+    """The shape in whole tiles of the largest extent, and so in those of any other."""
+    return tuple(sum(p.size for p in axis) for axis in axes(shape, TUNING.tile))
 
 
 def _stored(operands: Sequence, leaves: Sequence) -> list[jax.Array]:

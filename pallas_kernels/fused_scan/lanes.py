@@ -144,7 +144,7 @@ class Lanes:
         special = getattr(self, f"_{kind}", None)
         result = special and special(equation, values, out.shape)
         if result is not None:
-            return [result]
+            return result if isinstance(result, list) else [result]
         by_element = zip(*map(self.each, values), strict=True)
         results = [_bind(equation, each) for each in by_element]
         return [Each(each) for each in zip(*results, strict=True)]
@@ -212,6 +212,12 @@ class Lanes:
         if not isinstance(value, Side) or equation.params["permutation"] != (1, 0):
             return None
         return Each(jnp.split(value.x.T, self.count))
+
+    def _split(self, equation, values, shape):
+        (value,), axis = values, equation.params["axis"]
+        if not isinstance(value, Side) or axis == len(shape) - 1:
+            return None
+        return list(map(Side, _bind(equation, [value.x])))
 
     def _concatenate(self, equation, values, shape):
         is_side = any(isinstance(value, Side) for value in values)

@@ -27,11 +27,13 @@ from jax.extend.core import Literal, Var
 from pallas_kernels.fused_scan.emitter import Emitter
 from pallas_kernels.fused_scan.tiles import (
     ELEMENTWISE,
+    JOINS,
     MOVES,
     REDUCTIONS,
     Machine,
     Memory,
     Refused,
+    is_precise,
 )
 
 LOOP = "scan"
@@ -41,6 +43,7 @@ class Tuning(NamedTuple):
     """How a program is laid out; changes its speed, never its result."""
 
     tile: int  # largest extent of a tile
+    precise: int  # in products at full precision, which hold each operand in two parts
 
 
 class Rounds(NamedTuple):
@@ -63,10 +66,10 @@ class Layout:
         for eqn in jaxpr.eqns:
             _check(eqn)
         self.loops = {}  # moment of a loop -> Rounds
-        self._looped = frozenset(
+        self._addressed = frozenset(
             atom
             for eqn in jaxpr.eqns
-            if eqn.primitive.name == LOOP
+            if eqn.primitive.name in (LOOP, "split")
             for atom in eqn.invars
             if isinstance(atom, Var)
         )
@@ -102,14 +105,21 @@ class Layout:
                     if isinstance(atom, Var):
                         readers[atom].add((moment, "loop"))
                 continue
+            if name == "split":
+                (atom,) = eqn.invars
+                readers[atom].update(*(readers[out] for out in eqn.outvars))
+                continue
             (out,) = eqn.outvars
-            kept = out in cuts or out in self._looped or name in REDUCTIONS
+            kept = out in cuts or out in self._addressed
+            kept |= name in REDUCTIONS or name == "concatenate"
             # A product that nothing but one output reads is computed as that is stored.
-            # One that it multiplies would be computed again for every tile of it, and
-            # another one beside it leaves no registers.
+            # One that it multiplies would be computed again for every tile of it,
+            # another one beside it leaves no registers, and one at full precision has
+            # tiles of its own.
             if name == "dot_general":
                 ways = [way for _, way in readers[out]]
                 kept |= ways != ["output"] or bool(readers[out] & fused)
+                kept |= is_precise(eqn)
                 if not kept:
                     fused |= readers[out]
             if kept:
@@ -150,7 +160,7 @@ class Layout:
             for out in eqn.outvars:
                 if out not in self.kept:
                     continue
-                if out.aval.shape or is_loop or out in self._looped:
+                if out.aval.shape or is_loop or out in self._addressed:
                     self.slots[out] = self._take(_key(out.aval))
                 live[out] = max((m for m, _ in readers[out]), default=moment)
             if is_loop:
@@ -205,7 +215,7 @@ class Layout:
             elif eqn.outvars[0] in self.kept:
                 emitter.keep(eqn)
             else:
-                emitter.defined[eqn.outvars[0]] = eqn
+                emitter.define(eqn)
             for out in eqn.outvars:
                 for k in self._outputs.get(out, ()):
                     emitter.write(out, outputs[k])
@@ -250,10 +260,10 @@ def objection(jaxpr: Any, tuning: Tuning, machine: Machine) -> str | None:
 
 def _check(eqn) -> None:
     name = eqn.primitive.name
-    known = name in ELEMENTWISE or name in MOVES or name in REDUCTIONS
-    if not (known or name in ("dot_general", LOOP)):
+    known = ELEMENTWISE | MOVES | JOINS | REDUCTIONS.keys() | {"dot_general", LOOP}
+    if name not in known:
         raise Refused(
             f"has no {name}, which the step uses; a step is made of "
-            "elementwise functions, broadcasts, transposes, sums, maxima, matrix "
-            "products and loops of a fixed number of rounds"
+            "elementwise functions, broadcasts, transposes, joined and cut arrays, "
+            "sums, maxima, matrix products and loops of a fixed number of rounds"
         )

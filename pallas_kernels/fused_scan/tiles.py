@@ -1,6 +1,7 @@
 """Arrays cut into tiles: what Triton holds in registers has sizes of powers of two."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 
 
 class Turn:
-    """The counter of a loop over equal pieces of an axis, as an index."""
+    """The counter of a loop over the pieces of an axis, as an index."""
 
     def __init__(self, value: jax.Array):
         self.value = value
@@ -28,7 +29,11 @@ class Piece(NamedTuple):
 
     start: int | jax.Array
     size: int
-    valid: int
+    valid: int | jax.Array
+
+    @property
+    def may_be_padded(self) -> bool:
+        return not isinstance(self.valid, int) or self.valid < self.size
 
 
 LEAST = 16
@@ -36,19 +41,15 @@ LEAST = 16
 
 
 def pieces(length: int, limit: int) -> tuple[Piece, ...]:
-    """An axis as powers of two from `LEAST` to `limit`.
+    """An axis in equal pieces, as large as fit into it, the last padded.
 
-    96 at limit 64 is 64 + 32; what is left below 16 is padded to 16.
+    At limit 64, 79 is two of 64 and 40 two of 32; one below 16 is one of 16.
     """
     if length == 1:
         return (Piece(0, 1, 1),)
-    found, start = [], 0
-    while start < length:
-        left = length - start
-        size = min(limit, max(LEAST, 1 << (left.bit_length() - 1)))
-        found.append(Piece(start, size, min(size, left)))
-        start += size
-    return tuple(found)
+    size = min(limit, max(LEAST, 1 << (length.bit_length() - 1)))
+    starts = range(0, length, size)
+    return tuple(Piece(i, size, min(size, length - i)) for i in starts)
 
 
 def axes(shape: Sequence[int], limit: int) -> tuple[tuple[Piece, ...], ...]:
@@ -64,6 +65,24 @@ class Memory(Protocol):
     def load(self, place: tuple[Piece, ...]) -> jax.Array: ...
 
     def store(self, place: tuple[Piece, ...], tile: jax.Array) -> None: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """A `Memory`: what another has from a place on."""
+
+    memory: Memory
+    start: tuple[int, ...]
+
+    def load(self, place):
+        return self.memory.load(self._moved(place))
+
+    def store(self, place, tile):
+        self.memory.store(self._moved(place), tile)
+
+    def _moved(self, place):
+        pairs = zip(place, self.start, strict=True)
+        return tuple(p._replace(start=p.start + first) for p, first in pairs)
 
 
 class Machine(Protocol):
@@ -85,6 +104,7 @@ ELEMENTWISE = frozenset(
     "max min mul ne neg not or pow rem round rsqrt select_n sign sin sqrt square "
     "stop_gradient sub tan tanh xor".split()
 )
+JOINS = frozenset(("concatenate", "split"))
 MOVES = frozenset(("broadcast_in_dim", "reshape", "squeeze", "transpose", "iota"))
 REDUCTIONS = {
     "reduce_sum": (jnp.sum, jnp.add, 0.0),
@@ -93,16 +113,29 @@ REDUCTIONS = {
 }
 
 
+def is_precise(eqn) -> bool:
+    """Whether an equation is a product at full precision."""
+    return (
+        eqn.primitive.name == "dot_general"
+        and eqn.params["precision"] is not None
+        and all(atom.aval.dtype == jnp.float32 for atom in eqn.invars)
+    )
+
+
 def piece(axis: Sequence[Piece], i: int | Turn) -> Piece:
-    """The piece with a number, or in a turn of a loop over equal pieces."""
-    if isinstance(i, Turn):
-        size = axis[0].size
-        return Piece(i.value * jnp.asarray(size, i.value.dtype), size, size)
-    return axis[i]
+    """The piece with a number, or in a turn of a loop over all of them."""
+    if not isinstance(i, Turn):
+        return axis[i]
+    size, last = axis[0].size, axis[-1]
+    start = i.value * jnp.asarray(size, i.value.dtype)
+    if not last.may_be_padded:
+        return Piece(start, size, size)
+    end = jnp.asarray(last.start + last.valid, start.dtype)
+    return Piece(start, size, jnp.minimum(end - start, size))
 
 
 def each(grid: Sequence[Sequence[Piece]], body: Callable, total: Any = None) -> Any:
-    """Fold `body(index, total)` over all tiles, in loops where they are alike."""
+    """Fold `body(index, total)` over all tiles, in a loop along every axis."""
     if not grid:
         return body((), total)
     first, *rest = grid
@@ -110,11 +143,7 @@ def each(grid: Sequence[Sequence[Piece]], body: Callable, total: Any = None) -> 
     def inner(i, total):
         return each(rest, lambda index, total: body((i, *index), total), total)
 
-    size = first[0].size
-    equal = all(p.size == p.valid == size for p in first)
-    if not equal or len(first) == 1:
-        for i in range(len(first)):
-            total = inner(i, total)
-        return total
+    if len(first) == 1:
+        return inner(0, total)
     count = np.int32(len(first))
     return jax.lax.fori_loop(0, count, lambda i, x: inner(Turn(i), x), total)

@@ -57,6 +57,15 @@ def counting(carry, x, consts):
     return after, {"w": scaled, "count": after["count"]}
 
 
+def window(carry, x, consts):
+    """Rows of the chunk before behind those of this one."""
+    past = carry["past"]
+    rows = jnp.concatenate([x["keys"], past])
+    read = jnp.exp(0.3 * rows @ consts["w"])
+    after = jnp.asarray(np.eye(len(past), len(rows), 1), rows.dtype) @ rows
+    return {"past": past + 0.5 * after}, read @ read.T
+
+
 SIZES = {"keys": (8, 16), "values": (8, 24), "rate": (8,)}
 CASES = [
     Case("memory", memory, {"w": (16, 24)}, SIZES, {"scale": (24,)}),
@@ -84,6 +93,7 @@ CASES = [
         {"scale": (24,)},
         dtype=jnp.bfloat16,
     ),
+    Case("window", window, {"past": (15, 24)}, {"keys": (16, 24)}, {"w": (24, 24)}),
     Case(
         "every-rank",
         counting,

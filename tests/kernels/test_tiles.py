@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.fused_scan import fused_scan, gpu, target
+from pallas_kernels.fused_scan import fused_scan, gpu, layout, target, triton
 from pallas_kernels.fused_scan.layout import Layout, Tuning
 from pallas_kernels.fused_scan.program import Function
+from pallas_kernels.fused_scan.tiles import pieces
 from tests.kernels import CASES, errors, inputs, over_batch, results
 
 PRECISE = jax.lax.Precision.HIGHEST
@@ -26,50 +27,56 @@ def products(count, precision):
     return run
 
 
+def extents(run, *operands):
+    """Of the tiles that a function's products multiply."""
+    found, tuning = set(), gpu.TUNING
+
+    class Recorder(triton.Element):
+        def multiply(self, left, right, precision, dtype):
+            found.update(left.shape, right.shape)
+            return super().multiply(left, right, precision, dtype)
+
+    jaxpr = function(run, *operands).jaxpr
+    assert layout.objection(jaxpr, tuning, Recorder(None, True, tuning)) is None
+    return found
+
+
 def looped(x, y):
-    x = jnp.matmul(x, y, precision=PRECISE)
     return jax.lax.fori_loop(0, 3, lambda _, x: products(1, PRECISE)(x, y), x)
 
 
 @pytest.mark.parametrize(
-    "run, dtype, size, expected",
+    "run, dtype, expected",
     [
-        (products(2, None), np.float32, 64, gpu.TUNING),
-        (products(2, PRECISE), jnp.bfloat16, 64, gpu.TUNING),
-        (products(2, PRECISE), np.float32, 32, gpu.TUNING),
-        (products(1, PRECISE), np.float32, 64, gpu.TUNING),
-        (products(2, PRECISE), np.float32, 64, gpu.PRECISE),
-        (looped, np.float32, 64, gpu.PRECISE),
+        (products(2, None), np.float32, 64),
+        (products(2, PRECISE), jnp.bfloat16, 64),
+        (products(1, PRECISE), np.float32, 32),
+        (products(2, PRECISE), np.float32, 32),
+        (looped, np.float32, 32),
     ],
-    ids=("plain", "narrow", "small", "one-precise", "precise", "precise-in-a-loop"),
+    ids=("plain", "narrow", "output", "precise", "loop"),
 )
-def test_products_at_full_precision_have_smaller_tiles(run, dtype, size, expected):
-    square = jnp.zeros((size, size), dtype)
-    assert gpu.tuning(function(run, square, square)) == expected
-    assert gpu.PRECISE.tile < gpu.TUNING.tile
+def test_products_at_full_precision_have_smaller_tiles(run, dtype, expected):
+    square = jnp.zeros((64, 64), dtype)
+    assert extents(run, square, square) == {expected}
 
 
-def test_each_kernel_has_its_own_tiles(monkeypatch):
-    """One product at full precision forward, and two more backward."""
-    seen = []
+def test_other_products_of_the_same_kernel_do_not():
+    def run(x, y):
+        return jnp.matmul(products(1, PRECISE)(x, y), y)
 
-    class Seen(Layout):
-        def __init__(self, jaxpr, tuning):
-            seen.append(tuning)
-            super().__init__(jaxpr, tuning)
+    square = jnp.zeros((64, 64))
+    assert extents(run, square, square) == {32, 64}
 
-    monkeypatch.setattr(gpu, "Layout", Seen)
 
-    def step(carry, x, _):
-        return carry, jnp.matmul(x, carry, precision=PRECISE)
-
-    def run(carry, xs):
-        return fused_scan(step, carry, xs, (), implementation="gpu")[1]
-
-    operands = jnp.zeros((64, 64)), jnp.zeros((2, 64, 64))
-    with target("gpu"):
-        jax.eval_shape(lambda *o: jax.vjp(run, *o)[1](o[1]), *operands)
-    assert seen == [gpu.TUNING, gpu.PRECISE, gpu.PRECISE]
+@pytest.mark.parametrize(
+    "length, size", [(9, 16), (31, 16), (40, 32), (64, 64), (79, 64)]
+)
+def test_all_pieces_of_an_axis_are_alike(length, size):
+    found = pieces(length, 64)
+    assert {piece.size for piece in found} == {size}
+    assert [piece.start for piece in found] == list(range(0, length, size))
+    assert sum(piece.valid for piece in found) == length
 
 
 def test_only_single_numbers_stay_in_registers():
@@ -78,10 +85,12 @@ def test_only_single_numbers_stay_in_registers():
         total = jnp.sum(x)
         return x * rows + total
 
-    layout = Layout(function(run, jnp.zeros((32, 32))).jaxpr, Tuning(tile=32))
-    held = [v.aval.shape for v in layout.kept if v not in layout.slots]
+    planned = Layout(
+        function(run, jnp.zeros((32, 32))).jaxpr, Tuning(tile=32, precise=32)
+    )
+    held = [v.aval.shape for v in planned.kept if v not in planned.slots]
     assert held == [()]
-    assert set(layout.scratch) == {((32,), jnp.dtype(np.float32))}
+    assert set(planned.scratch) == {((32,), jnp.dtype(np.float32))}
 
 
 @pytest.mark.parametrize(
@@ -94,14 +103,16 @@ def test_what_is_read_twice_is_stored_unless_it_is_only_moved(between, stored):
         y = between(x)
         return jnp.sum(y, axis=0), jnp.sum(y, axis=1)
 
-    layout = Layout(function(run, jnp.zeros((32, 32))).jaxpr, Tuning(tile=32))
-    assert layout.scratch.get(((32, 32), jnp.dtype(np.float32)), 0) == stored
+    planned = Layout(
+        function(run, jnp.zeros((32, 32))).jaxpr, Tuning(tile=32, precise=32)
+    )
+    assert planned.scratch.get(((32, 32), jnp.dtype(np.float32)), 0) == stored
 
 
 @pytest.mark.parametrize("tile", [16, 32])
 def test_tiles_change_no_result(tile, monkeypatch):
-    """Of 40 by 24: whole tiles, one that is cut short, and loops over equal ones."""
-    monkeypatch.setattr(gpu, "TUNING", Tuning(tile=tile))
+    """Of 40 by 24: whole tiles, and one that is cut short."""
+    monkeypatch.setattr(gpu, "TUNING", Tuning(tile=tile, precise=16))
     case = CASES[0]._replace(
         carry={"w": (40, 24)},
         x=CASES[0].x | {"keys": (8, 40)},
@@ -131,4 +142,27 @@ def test_all_but_one_of_the_products_behind_an_output_are_stored(count):
 
     for run in (products(count, None), beside):
         jaxpr = function(run, square, square).jaxpr
-        assert len(Layout(jaxpr, Tuning(tile=16)).kept) == count - 1
+        assert len(Layout(jaxpr, Tuning(tile=16, precise=16)).kept) == count - 1
+
+
+def test_a_part_whose_tiles_end_behind_the_whole_is_refused():
+    """Its last tile would be written over another array."""
+    rows = {16: jnp.zeros((16, 16)), 1: jnp.zeros((1, 16)), 15: jnp.zeros((15, 16))}
+
+    def refused(*lengths):
+        jaxpr = function(lambda *x: jnp.concatenate(x), *map(rows.get, lengths)).jaxpr
+        machine = triton.Element(None, True, gpu.TUNING)
+        return layout.objection(jaxpr, gpu.TUNING, machine)
+
+    assert refused(16, 15) is None
+    assert "tiles end before its own" in refused(1, 15)
+
+
+def test_an_array_stays_where_it_is_until_its_parts_are_read():
+    def run(x):
+        first, second = jax.lax.split(jnp.matmul(x, x), (16, 16))
+        other = jnp.matmul(x, 2 * x)
+        return jnp.matmul(first, other), jnp.matmul(second, other)
+
+    planned = Layout(function(run, jnp.zeros((32, 32))).jaxpr, gpu.TUNING)
+    assert planned.scratch == {((32, 32), jnp.dtype(np.float32)): 2}
