@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 
@@ -10,44 +9,21 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from pallas_kernels.fused_scan.memories import Part, Row, Value
+from pallas_kernels.fused_scan.products import Product
 from pallas_kernels.fused_scan.tiles import (
     ELEMENTWISE,
     REDUCTIONS,
     Index,
     Memory,
-    Part,
     Piece,
     Refused,
     axes,
     each,
     is_precise,
+    misaligned,
     piece,
 )
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A `Memory`: row i of another."""
-
-    memory: Memory
-    i: jax.Array
-
-    def load(self, place):
-        tile = self.memory.load((Piece(self.i, 1, 1), *place))
-        return tile.reshape(tile.shape[1:])
-
-    def store(self, place, tile):
-        self.memory.store((Piece(self.i, 1, 1), *place), tile[None])
-
-
-@dataclass(frozen=True)
-class _Value:
-    """A `Memory` that holds a number."""
-
-    literal: Literal
-
-    def load(self, place):
-        return jnp.asarray(self.literal.val, self.literal.aval.dtype)
 
 
 class Emitter:
@@ -132,7 +108,7 @@ class Emitter:
             ]
             return _elementwise(eqn, operands)
         if name == "dot_general":
-            return self.product(_Product(eqn), index)
+            return self.product(Product(eqn), index)
         if name == "iota":
             axis = eqn.params["dimension"]
             start = self.place(out, index)[axis].start
@@ -156,21 +132,21 @@ class Emitter:
             for i, axis in enumerate(mapped):
                 inner[axis] = tile.shape[i]
             if not all(n in (1, m) for n, m in zip(inner, shape, strict=True)):
-                raise _misaligned(eqn)
+                raise misaligned(eqn)
             tile = jax.lax.broadcast_in_dim(tile, shape, mapped)
         else:  # reshape, squeeze: axes of length one come and go
             long = [i for i, n in zip(index, out.aval.shape, strict=True) if n > 1]
             lengths = [n for n in out.aval.shape if n > 1]
             if lengths != [n for n in atom.aval.shape if n > 1]:
-                raise _misaligned(eqn)
+                raise misaligned(eqn)
             long = iter(long)
             source = tuple(next(long) if n > 1 else 0 for n in atom.aval.shape)
             tile = self.tile(atom, source)
             if prod(tile.shape) != prod(shape):
-                raise _misaligned(eqn)
+                raise misaligned(eqn)
             tile = jnp.reshape(tile, shape)
         if tile.shape != shape:
-            raise _misaligned(eqn)
+            raise misaligned(eqn)
         return tile
 
     def define(self, eqn) -> None:
@@ -242,8 +218,8 @@ class Emitter:
 
         def one(i):
             i = length - 1 - i if eqn.params["reverse"] else i
-            rows = [_Row(memory, i) for memory in inputs[consts + carries :]]
-            ys = [_Row(memory, i) for memory in outputs[carries:]]
+            rows = [Row(memory, i) for memory in inputs[consts + carries :]]
+            ys = [Row(memory, i) for memory in outputs[carries:]]
             rounds.body.run(
                 (*inputs[:consts], *now, *rows), (*after, *ys), scratch, self.machine
             )
@@ -259,7 +235,7 @@ class Emitter:
         target.store(place, source.load(place))
 
     def _operand(self, atom) -> Memory:
-        return _Value(atom) if isinstance(atom, Literal) else self.memory[atom]
+        return Value(atom) if isinstance(atom, Literal) else self.memory[atom]
 
     def _slot(self, key, number: int) -> Memory:
         return self.scratch[key][number]
@@ -298,10 +274,10 @@ class Emitter:
         start = jnp.full(self.shape(out, index), neutral, out.aval.dtype)
         total = each([self.axes(atom)[a] for a in along], add, start)
         if total.shape != self.shape(out, index):
-            raise _misaligned(eqn)
+            raise misaligned(eqn)
         return total
 
-    def product(self, product: "_Product", index: Index) -> jax.Array:
+    def product(self, product: Product, index: Index) -> jax.Array:
         def add(inner, total):
             with self.session():
                 term = product.multiply(self, index, *inner)
@@ -319,14 +295,6 @@ def _full(tile, fill):
     return jnp.full(tile.shape, fill, tile.dtype)
 
 
-def _misaligned(eqn):
-    shapes = " to ".join(str(v.aval) for v in (*eqn.invars, *eqn.outvars))
-    return Refused(
-        f"cannot take {eqn.primitive.name} from {shapes} by tiles, "
-        "which hold the last two axes of an array"
-    )
-
-
 def _elementwise(eqn, operands):
     match eqn.primitive.name:
         case "add_any":
@@ -336,71 +304,3 @@ def _elementwise(eqn, operands):
         case "select_n" if operands[0].ndim == 0 and operands[1].ndim:
             operands[0] = jnp.broadcast_to(operands[0], operands[1].shape)
     return eqn.primitive.bind(*operands, **eqn.params)
-
-
-class _Product:
-    """A `dot_general` with one contracted axis, as sums of products of tiles."""
-
-    def __init__(self, eqn):
-        (contract, self.batch) = eqn.params["dimension_numbers"]
-        if len(contract[0]) != 1:
-            raise _misaligned(eqn)
-        (self.left_inner,), (self.right_inner,) = contract
-        self.left, self.right = eqn.invars
-        (self.out,) = eqn.outvars
-        self.eqn = eqn
-        taken = (self.left_inner, *self.batch[0])
-        self.left_free = [a for a in range(self.left.aval.ndim) if a not in taken]
-        taken = (self.right_inner, *self.batch[1])
-        self.right_free = [a for a in range(self.right.aval.ndim) if a not in taken]
-
-    def left_tile(self, emitter, row, inner):
-        index = [0] * self.left.aval.ndim
-        for axis, i in zip((*self.batch[0], *self.left_free), row, strict=False):
-            index[axis] = i
-        index[self.left_inner] = inner
-        return self.left, tuple(index), (self.left_inner,), 0
-
-    def right_tile(self, emitter, out_index, inner):
-        batch = len(self.batch[1])
-        column = out_index[len(out_index) - len(self.right_free) :]
-        index = [0] * self.right.aval.ndim
-        for axis, i in zip(self.batch[1], out_index[:batch], strict=True):
-            index[axis] = i
-        for axis, i in zip(self.right_free, column, strict=True):
-            index[axis] = i
-        index[self.right_inner] = inner
-        return self.right, tuple(index), (self.right_inner,), 0
-
-    def multiply(self, emitter, index, inner):
-        left = emitter.masked(*self.left_tile(emitter, index, inner))
-        right = emitter.masked(*self.right_tile(emitter, index, inner))
-        left = _matrix(self.eqn, left, self.left_inner, inner_last=True)
-        right = _matrix(self.eqn, right, self.right_inner, inner_last=False)
-        dtype = self.out.aval.dtype
-        rows, inner_size, columns = *left.shape, right.shape[1]
-        if min(rows, inner_size, columns) >= 16:
-            precision = self.eqn.params["precision"]
-            product = emitter.machine.multiply(left, right, precision, dtype)
-        else:
-            left, right = left.astype(dtype), right.astype(dtype)
-            if inner_size == 1:
-                product = left * right
-            elif columns == 1:
-                product = jnp.sum(left * right.T, axis=1, keepdims=True)
-            else:
-                product = jnp.sum(left.T * right, axis=0, keepdims=True)
-        return product.reshape(emitter.shape(self.out, index))
-
-
-def _matrix(eqn, tile, inner: int, inner_last: bool):
-    """The tile as a matrix, its contracted axis last or first."""
-    free = [a for a in range(tile.ndim) if a != inner]
-    long = [a for a in free if tile.shape[a] > 1]
-    if len(long) > 1:
-        raise _misaligned(eqn)
-    before = bool(long) and long[0] < inner if long else inner_last
-    width = prod(tile.shape[a] for a in free)
-    shape = (width, tile.shape[inner]) if before else (tile.shape[inner], width)
-    matrix = tile.reshape(shape)
-    return matrix if before == inner_last else matrix.T

@@ -1,7 +1,6 @@
 """Arrays cut into tiles: what Triton holds in registers has sizes of powers of two."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -67,24 +66,6 @@ class Memory(Protocol):
     def store(self, place: tuple[Piece, ...], tile: jax.Array) -> None: ...
 
 
-@dataclass(frozen=True)
-class Part:
-    """A `Memory`: what another has from a place on."""
-
-    memory: Memory
-    start: tuple[int, ...]
-
-    def load(self, place):
-        return self.memory.load(self._moved(place))
-
-    def store(self, place, tile):
-        self.memory.store(self._moved(place), tile)
-
-    def _moved(self, place):
-        pairs = zip(place, self.start, strict=True)
-        return tuple(p._replace(start=p.start + first) for p, first in pairs)
-
-
 class Machine(Protocol):
     """What a chip adds to functions of tiles."""
 
@@ -147,3 +128,12 @@ def each(grid: Sequence[Sequence[Piece]], body: Callable, total: Any = None) -> 
         return inner(0, total)
     count = np.int32(len(first))
     return jax.lax.fori_loop(0, count, lambda i, x: inner(Turn(i), x), total)
+
+
+def misaligned(eqn) -> Refused:
+    """What refuses an equation that moves more than the last two axes."""
+    shapes = " to ".join(str(v.aval) for v in (*eqn.invars, *eqn.outvars))
+    return Refused(
+        f"cannot take {eqn.primitive.name} from {shapes} by tiles, "
+        "which hold the last two axes of an array"
+    )
