@@ -1,6 +1,6 @@
 """The code of a jaxpr, equation by equation and tile by tile, as `layout` plans it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from math import prod
@@ -22,6 +22,7 @@ from pallas_kernels.fused_scan.tiles import (
     each,
     is_precise,
     misaligned,
+    padded,
     piece,
 )
 
@@ -162,10 +163,10 @@ class Emitter:
 
     def part(self, memory: Memory, whole, part, start) -> Part:
         """The memory of a part of an array, all tiles of which lie in this array's."""
-        for first, inner, outer in zip(
-            start, self.axes(part), self.axes(whole), strict=True
-        ):
-            if first + _end(inner) > _end(outer):
+        shape = self.slots[whole][0][0] if whole in self.slots else whole.aval.shape
+        ends = (padded(s, self.limit) for s in (part.aval.shape, shape))
+        for first, inner, outer in zip(start, *ends, strict=True):
+            if first + inner > outer:
                 raise Refused(
                     f"cannot take {part.aval} at {tuple(start)} of {whole.aval}, whose "
                     "tiles end before its own"
@@ -285,10 +286,6 @@ class Emitter:
 
         start = jnp.zeros(self.shape(product.out, index), product.out.aval.dtype)
         return each([self.axes(product.left)[product.left_inner]], add, start)
-
-
-def _end(axis: Sequence[Piece]) -> int:
-    return axis[-1].start + axis[-1].size
 
 
 def _full(tile, fill):

@@ -20,7 +20,7 @@ from pallas_kernels.fused_scan import layout, triton
 from pallas_kernels.fused_scan.autodiff import Operand
 from pallas_kernels.fused_scan.layout import Layout, Tuning
 from pallas_kernels.fused_scan.program import Function, Program, Struct, floats
-from pallas_kernels.fused_scan.tiles import axes
+from pallas_kernels.fused_scan.tiles import padded
 
 WARPS = 8
 TUNING = Tuning(tile=64, precise=32)
@@ -211,11 +211,6 @@ def _stored_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.int32) if dtype == jnp.bool_ else jnp.dtype(dtype)
 
 
-def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in whole tiles of the largest extent, and so in those of any other."""
-    return tuple(sum(p.size for p in axis) for axis in axes(shape, TUNING.tile))
-
-
 def _stored(operands: Sequence, leaves: Sequence) -> list[jax.Array]:
     """The arrays of the operands, each leaf in whole tiles."""
     stored = []
@@ -223,7 +218,10 @@ def _stored(operands: Sequence, leaves: Sequence) -> list[jax.Array]:
         array = operand.array if isinstance(operand, Operand) else operand
         array = array.astype(_stored_dtype(leaf.dtype))
         lead = array.ndim - len(leaf.shape)
-        more = [m - n for m, n in zip(_padded(leaf.shape), leaf.shape, strict=True)]
+        more = [
+            m - n
+            for m, n in zip(padded(leaf.shape, TUNING.tile), leaf.shape, strict=True)
+        ]
         if any(more):
             array = jnp.pad(array, [(0, 0)] * lead + [(0, n) for n in more])
         stored.append(array)
@@ -238,7 +236,7 @@ def _whole(function: Function) -> list[jax.Array]:
 
 def _structs(leaves: Sequence, *lead: int) -> list[Struct]:
     return [
-        Struct((*lead, *_padded(leaf.shape)), _stored_dtype(leaf.dtype))
+        Struct((*lead, *padded(leaf.shape, TUNING.tile)), _stored_dtype(leaf.dtype))
         for leaf in leaves
     ]
 

@@ -34,6 +34,7 @@ from pallas_kernels.fused_scan.tiles import (
     Memory,
     Refused,
     is_precise,
+    padded,
 )
 
 LOOP = "scan"
@@ -161,7 +162,8 @@ class Layout:
                 if out not in self.kept:
                     continue
                 if out.aval.shape or is_loop or out in self._addressed:
-                    self.slots[out] = self._take(_key(out.aval))
+                    shape, dtype = _key(out.aval)
+                    self.slots[out] = self._take((self._room.get(out, shape), dtype))
                 live[out] = max((m for m, _ in readers[out]), default=moment)
             if is_loop:
                 self._place_loop(moment, eqn)
@@ -169,6 +171,26 @@ class Layout:
                 del live[var]
                 if var in self.slots:
                     self._give_back(self.slots[var])
+
+    @cached_property
+    def _room(self) -> dict[Var, tuple[int, ...]]:
+        """Shapes of slots in which parts of an array have their last tiles, too."""
+        room, limit = {}, self.tuning.tile
+        for eqn in self.jaxpr.eqns:
+            if eqn.primitive.name == "concatenate":
+                (whole,), parts, axis = eqn.outvars, eqn.invars, eqn.params["dimension"]
+            elif eqn.primitive.name == "split":
+                (whole,), parts, axis = eqn.invars, eqn.outvars, eqn.params["axis"]
+            else:
+                continue
+            shape, start = list(room.get(whole, whole.aval.shape)), 0
+            for part in parts:
+                end = start + padded(part.aval.shape, limit)[axis]
+                if end > padded(shape, limit)[axis]:
+                    shape[axis] = end
+                start += part.aval.shape[axis]
+            room[whole] = tuple(shape)
+        return room
 
     def _take(self, key):
         """A slot that is free."""

@@ -58,6 +58,11 @@ def axes(shape: Sequence[int], limit: int) -> tuple[tuple[Piece, ...], ...]:
     return (*single, *(pieces(n, limit) for n in shape[leading:]))
 
 
+def padded(shape: Sequence[int], limit: int) -> tuple[int, ...]:
+    """The shape with what fills the last tiles; no smaller limit needs more."""
+    return tuple(sum(p.size for p in axis) for axis in axes(shape, limit))
+
+
 class Memory(Protocol):
     """An array outside the registers, read and written by tiles."""
 

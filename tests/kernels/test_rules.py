@@ -46,6 +46,7 @@ NAMES = (
     "f-kl",
     "elastic-smooth-channels",
     "momentum-lq-exact",
+    "omega_net",
 )
 CASES = [case for case in core.all_cases() if case.name in NAMES]
 # What differs for a kernel that works by tiles; the others are made of the same parts.
@@ -56,6 +57,7 @@ BY_TILES = (
     "gated_delta_net",
     "implicit-channels",
     "mesa_net",
+    "omega_net",
 )
 MEANS = ("memora", "f-kl")
 """Whose weights are positive, so that outputs are means of the same hidden units, of

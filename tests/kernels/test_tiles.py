@@ -41,6 +41,10 @@ def extents(run, *operands):
     return found
 
 
+def rows(length):
+    return jnp.zeros((length, 16))
+
+
 def looped(x, y):
     return jax.lax.fori_loop(0, 3, lambda _, x: products(1, PRECISE)(x, y), x)
 
@@ -145,17 +149,22 @@ def test_all_but_one_of_the_products_behind_an_output_are_stored(count):
         assert len(Layout(jaxpr, Tuning(tile=16, precise=16)).kept) == count - 1
 
 
-def test_a_part_whose_tiles_end_behind_the_whole_is_refused():
-    """Its last tile would be written over another array."""
-    rows = {16: jnp.zeros((16, 16)), 1: jnp.zeros((1, 16)), 15: jnp.zeros((15, 16))}
+@pytest.mark.parametrize("lengths, room", [((16, 15), 31), ((1, 15), 17), ((4, 2), 20)])
+def test_a_joined_array_has_room_for_the_last_tile_of_every_part(lengths, room):
+    """Which would be written over another array."""
+    joined = function(lambda *x: 2 * jnp.concatenate(x), *map(rows, lengths)).jaxpr
+    (key,) = Layout(joined, gpu.TUNING).scratch
+    assert key == ((room, 16), jnp.dtype(np.float32))
 
-    def refused(*lengths):
-        jaxpr = function(lambda *x: jnp.concatenate(x), *map(rows.get, lengths)).jaxpr
+
+def test_parts_of_what_comes_in_are_refused_where_their_tiles_end_behind_it():
+    def objection(*lengths):
+        jaxpr = function(lambda x: jax.lax.split(x, lengths), rows(sum(lengths))).jaxpr
         machine = triton.Element(None, True, gpu.TUNING)
         return layout.objection(jaxpr, gpu.TUNING, machine)
 
-    assert refused(16, 15) is None
-    assert "tiles end before its own" in refused(1, 15)
+    assert objection(16, 15) is None
+    assert "tiles end before its own" in objection(1, 15)
 
 
 def test_an_array_stays_where_it_is_until_its_parts_are_read():
