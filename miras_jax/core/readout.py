@@ -28,19 +28,27 @@ def _provisional(updates, i, x):
     carried, steps = updates.flows[i].momentum
     a, d = updates.inputs[i], updates.cotangents[i]
     stride = updates.strides[i] if updates.strides else None
-    full = Dot(x.dtype, x.dtype)
-    kept, mix = carried.kept, steps.mix
-    cross = jnp.sum(full(a, momentum) * d, axis=1, keepdims=True)
-    square = (
-        kept**2 * jnp.sum(momentum**2)
-        - 2 * kept * full(mix, cross)
-        + jnp.sum(
-            full(mix, full.rows(a, a) * full.rows(d, d)) * mix, axis=1, keepdims=True
-        )
-    )
     if stride is not None and stride.side == "in":
         x = x * stride.kept
     own = carried.read(dot, x, momentum) - steps.read(dot, x, a, d)
     if stride is not None and stride.side == "out":
         own = own * stride.kept
+    square = momentum_square(dot, carried.kept, steps.mix, momentum, a, d)
     return own * jax.lax.rsqrt(jnp.maximum(square, 0) + TINY_SQUARE)
+
+
+def momentum_square(dot, kept, mix, m, a, d):
+    """|m_t|^2 of m_t = kept_t m - sum_s mix_ts a_s d_s^T: `[C, 1]`.
+
+    Of m, a and d as products round them, in every term: where m_t is a small difference
+    of large numbers, so is its square, and that of other roundings would be noise.
+    """
+    m, d = (x.astype(dot.operands).astype(x.dtype) for x in (m, d))
+    full = Dot(d.dtype, d.dtype)
+    cross = jnp.sum(dot(a, m) * d, axis=1, keepdims=True)
+    pairs = full(mix, dot.rows(a, a) * dot.rows(d, d)) * mix
+    return (
+        kept**2 * jnp.sum(m**2)
+        - 2 * kept * full(mix, cross)
+        + jnp.sum(pairs, axis=1, keepdims=True)
+    )

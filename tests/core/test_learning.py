@@ -11,6 +11,7 @@ import miras_jax as miras
 from miras_jax import algorithm, memory, variants
 from miras_jax.core.algorithm.muon import orthogonalised
 from miras_jax.core.product import Dot
+from miras_jax.core.readout import momentum_square
 from tests import core
 from tests.core import Case, error, recurrences
 
@@ -99,6 +100,23 @@ def test_newton_schulz_in_bfloat16_takes_every_square_from_its_matrix():
     expected = orthogonalised(matrix, 5, FULL)
     # With squares of squares 0.044.
     assert error(orthogonalised(matrix, 5, HALF), expected) < 0.03
+
+
+def test_the_square_of_a_small_momentum_is_that_of_what_is_read():
+    """Steps in bfloat16 that take away nearly all of the momentum that came in."""
+    rng = np.random.default_rng(0)
+    a, d = (jnp.asarray(rng.normal(size=(4, n)), jnp.float32) for n in (16, 32))
+    mix = jnp.tri(4, dtype=jnp.float32)
+    m = a.T @ d * (1 + 0.02 * rng.normal(size=(16, 32)).astype(np.float32))
+    rounded = (np.asarray(x, jnp.bfloat16).astype(np.float64) for x in (m, a, d))
+    start, left, right = rounded
+    steps = np.cumsum(left[:, :, None] * right[:, None], axis=0)
+    expected = np.sum((start - steps) ** 2, axis=(1, 2))
+    assert expected[-1] < 1e-3 * np.sum(start**2)
+    one = jnp.ones((4, 1), jnp.float32)
+    square = jax.jit(momentum_square, static_argnums=0)(HALF, one, mix, m, a, d)
+    # With the square of m itself, 0.4.
+    np.testing.assert_allclose(square[:, 0], expected, rtol=2e-3)
 
 
 def test_mesa_net_is_the_least_squares_solution_of_all_pairs():
