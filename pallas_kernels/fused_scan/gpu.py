@@ -18,9 +18,10 @@ from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.fused_scan import layout, triton
 from pallas_kernels.fused_scan.autodiff import Operand
-from pallas_kernels.fused_scan.layout import Layout, Tuning
-from pallas_kernels.fused_scan.program import Function, Program, Struct, floats
+from pallas_kernels.fused_scan.layout import Tuning
+from pallas_kernels.fused_scan.program import Program, Struct, floats
 from pallas_kernels.fused_scan.tiles import padded
+from pallas_kernels.fused_scan.triton import Packed, Stage, stored_dtype
 
 WARPS = 8
 TUNING = Tuning(tile=64, precise=32)
@@ -40,31 +41,30 @@ def forward(program: Program, size, carry, xs, consts, *, every, interpret):
     """See `autodiff`."""
     chunks = xs[0].array.shape[1]
     stretches = pl.cdiv(chunks, every) if every else 0
-    step = Layout(program.step.jaxpr, TUNING)
+    step = Stage(program.step, TUNING)
+    both = Packed(program.carry, TUNING.tile, 2)
 
     def kernel(zero, constants, starts, x, held, *results):
         ends, ys, saved, turns, scratch = results
         n = triton.Element(zero, interpret, TUNING)
-        starts = triton.rows(starts, carry, program.carry, n)
-        triton.copy(starts, triton.arrays(turns, program.carry, n, 0))
+
+        def now(c):
+            return both.arrays(turns, n, lambda: n.number, triton.remainder(c, 2))
+
+        triton.copy(triton.rows(starts, carry, program.carry, n), now(0))
 
         def chunk(c):
             inputs = (
-                *triton.constants(constants, program.step, n),
-                *triton.arrays(turns, program.carry, n, triton.remainder(c, 2)),
+                *now(c),
                 *triton.rows(x, xs, program.x, n, c),
                 *triton.rows(held, consts, program.consts, n),
             )
-            outputs = (
-                *triton.arrays(turns, program.carry, n, triton.remainder(c + 1, 2)),
-                *triton.arrays(ys, program.y, n, c),
-            )
-            step.run(inputs, outputs, triton.slots(step, scratch, n), n)
+            outputs = (*now(c + 1), *triton.arrays(ys, program.y, n, c))
+            step.run(constants, scratch, inputs, outputs, n)
 
         def stretch(s):
             first = s * every
-            now = triton.arrays(turns, program.carry, n, triton.remainder(first, 2))
-            triton.copy(now, triton.arrays(saved, program.carry, n, s))
+            triton.copy(now(first), triton.arrays(saved, program.carry, n, s))
             last = jnp.minimum(first + every, chunks)
             n.loop(first, last, chunk)
 
@@ -72,18 +72,17 @@ def forward(program: Program, size, carry, xs, consts, *, every, interpret):
             n.loop(0, stretches, stretch)
         else:
             n.loop(0, chunks, chunk)
-        final = triton.arrays(turns, program.carry, n, chunks % 2)
-        triton.copy(final, triton.arrays(ends, program.carry, n))
+        triton.copy(now(chunks), triton.arrays(ends, program.carry, n))
 
     results = [
         _structs(program.carry, size),
         _structs(program.y, size, chunks),
         _structs(program.carry, size, stretches) if every else [],
-        _structs(program.carry, size, 2),
-        _scratch(step, size),
+        both.structs(size),
+        step.scratch(size),
     ]
     operands = [
-        _whole(program.step),
+        step.constants(),
         _stored(carry, program.carry),
         _stored(xs, program.x),
         _stored(consts, program.consts),
@@ -104,16 +103,20 @@ def backward(
     stretches = pl.cdiv(chunks, every)
     d_carries, d_xs, d_consts = map(floats, (program.carry, program.x, program.consts))
     d_y, sums = floats(program.y), [_accumulator(leaf) for leaf in d_consts]
-    advance = Layout(program.advance.jaxpr, TUNING)
-    pull_back = Layout(program.pull_back.jaxpr, TUNING)
+    advance = Stage(program.advance, TUNING)
+    pull_back = Stage(program.pull_back, TUNING)
+    both = Packed(d_carries, TUNING.tile, 2)
+    stretch_of = Packed(program.carry, TUNING.tile, every)
 
     def kernel(zero, constants, saved, x, held, d_ends, d_ys, *results):
         d_starts, d_x, d_held, turns, carries, scratch = results
         n = triton.Element(zero, interpret, TUNING)
         d_held = triton.arrays(d_held, sums, n)
-        triton.copy(
-            triton.arrays(d_ends, d_carries, n), triton.arrays(turns, d_carries, n, 0)
-        )
+
+        def now(c):
+            return both.arrays(turns, n, lambda: n.number, triton.remainder(c, 2))
+
+        triton.copy(triton.arrays(d_ends, d_carries, n), now(0))
         for array in d_held:
             for place in array.places():
                 array.store(place, jnp.zeros([p.size for p in place], array.dtype))
@@ -121,7 +124,7 @@ def backward(
         def carry_at(s, i):
             if every == 1:
                 return triton.arrays(saved, program.carry, n, s)
-            return triton.arrays(carries, program.carry, n, i)
+            return stretch_of.arrays(carries, n, lambda: n.number, i)
 
         def stretch(back):
             s = stretches - 1 - back
@@ -130,32 +133,28 @@ def backward(
 
             def again(i):
                 inputs = (
-                    *triton.constants(constants[0], program.advance, n),
                     *carry_at(s, i),
                     *triton.rows(x, xs, program.x, n, first + i),
                     *triton.rows(held, consts, program.consts, n),
                 )
-                slots = triton.slots(advance, scratch[0], n)
-                advance.run(inputs, carry_at(s, i + 1), slots, n)
+                advance.run(constants[0], scratch[0], inputs, carry_at(s, i + 1), n)
 
             def pull(done):
                 i = count - 1 - done
-                turn = triton.remainder(chunks - 1 - first - i, 2)
+                back = chunks - 1 - first - i
                 inputs = (
-                    *triton.constants(constants[1], program.pull_back, n),
                     *carry_at(s, i),
                     *triton.rows(x, xs, program.x, n, first + i),
                     *triton.rows(held, consts, program.consts, n),
-                    *triton.arrays(turns, d_carries, n, turn),
+                    *now(back),
                     *triton.arrays(d_ys, d_y, n, first + i),
                 )
                 outputs = (
-                    *triton.arrays(turns, d_carries, n, 1 - turn),
+                    *now(back + 1),
                     *triton.arrays(d_x, d_xs, n, first + i),
                     *map(triton.Sum, d_held),
                 )
-                slots = triton.slots(pull_back, scratch[1], n)
-                pull_back.run(inputs, outputs, slots, n)
+                pull_back.run(constants[1], scratch[1], inputs, outputs, n)
 
             if every > 1:
                 triton.copy(triton.arrays(saved, program.carry, n, s), carry_at(s, 0))
@@ -163,23 +162,19 @@ def backward(
             n.loop(0, count, pull)
 
         n.loop(0, stretches, stretch)
-        final = triton.arrays(turns, d_carries, n, chunks % 2)
-        triton.copy(final, triton.arrays(d_starts, d_carries, n))
+        triton.copy(now(chunks), triton.arrays(d_starts, d_carries, n))
 
+    recomputes = every > 1
     results = [
         _structs(d_carries, size),
         _structs(d_xs, size, chunks),
         _structs(sums, size),
-        _structs(d_carries, size, 2),
-        _structs(program.carry, size, every) if every > 1 else [],
-        [_scratch(advance, size) if every > 1 else [], _scratch(pull_back, size)],
-    ]
-    constants = [
-        _whole(program.advance) if every > 1 else [],
-        _whole(program.pull_back),
+        both.structs(size),
+        stretch_of.structs(size) if recomputes else [],
+        [advance.scratch(size) if recomputes else [], pull_back.scratch(size)],
     ]
     operands = [
-        constants,
+        [advance.constants() if recomputes else [], pull_back.constants()],
         _stored(saved, program.carry),
         _stored(xs, program.x),
         _stored(consts, program.consts),
@@ -206,17 +201,12 @@ def _call(kernel, size: int, operands, results, interpret):
     return call(jnp.zeros(1, jnp.int32), *operands)
 
 
-def _stored_dtype(dtype) -> jnp.dtype:
-    # One load of bytes would give each thread 16 neighbours of every tile of the shape.
-    return jnp.dtype(jnp.int32) if dtype == jnp.bool_ else jnp.dtype(dtype)
-
-
 def _stored(operands: Sequence, leaves: Sequence) -> list[jax.Array]:
     """The arrays of the operands, each leaf in whole tiles."""
     stored = []
     for operand, leaf in zip(operands, leaves, strict=True):
         array = operand.array if isinstance(operand, Operand) else operand
-        array = array.astype(_stored_dtype(leaf.dtype))
+        array = array.astype(stored_dtype(leaf.dtype))
         lead = array.ndim - len(leaf.shape)
         more = [
             m - n
@@ -228,15 +218,9 @@ def _stored(operands: Sequence, leaves: Sequence) -> list[jax.Array]:
     return stored
 
 
-def _whole(function: Function) -> list[jax.Array]:
-    """The arrays that a function brings along, as operands of one row."""
-    constants = [jnp.asarray(c) for c in function.constants]
-    return _stored([c[None] for c in constants], constants)
-
-
 def _structs(leaves: Sequence, *lead: int) -> list[Struct]:
     return [
-        Struct((*lead, *padded(leaf.shape, TUNING.tile)), _stored_dtype(leaf.dtype))
+        Struct((*lead, *padded(leaf.shape, TUNING.tile)), stored_dtype(leaf.dtype))
         for leaf in leaves
     ]
 
@@ -251,9 +235,3 @@ def _results(arrays, leaves):
 
 def _accumulator(leaf: Struct) -> Struct:
     return Struct(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
-
-
-def _scratch(plan: Layout, size: int) -> list[Struct]:
-    return [
-        _structs([Struct(*key)], size, count)[0] for key, count in plan.scratch.items()
-    ]

@@ -175,3 +175,31 @@ def test_an_array_stays_where_it_is_until_its_parts_are_read():
 
     planned = Layout(function(run, jnp.zeros((32, 32))).jaxpr, gpu.TUNING)
     assert planned.scratch == {((32, 32), jnp.dtype(np.float32)): 2}
+
+
+def test_what_is_stored_on_the_way_is_one_array_of_each_dtype(monkeypatch):
+    """Addresses of many would not fit into registers."""
+    taken, call = [], gpu._call
+
+    def counted(kernel, size, *arrays):
+        taken.append(len(jax.tree.leaves(arrays)))
+        return call(kernel, size, *arrays)
+
+    monkeypatch.setattr(gpu, "_call", counted)
+    for widths in ((8,), (8, 20, 40)):
+
+        def step(carry, x, _, widths=widths):
+            for width in widths:
+                weights = np.random.default_rng(0).normal(size=(8, width))
+                weights = jnp.asarray(weights, x.dtype)
+                y = jnp.matmul(jnp.tanh(jnp.matmul(x, weights)), weights.T)
+                x = x + y * jnp.sum(y * y)
+            return carry + x, carry
+
+        def run(carry, xs, step=step):
+            return fused_scan(step, carry, xs, (), implementation="gpu")
+
+        with target("gpu", interpret=True):
+            jax.eval_shape(run, jnp.ones((8, 8)), jnp.ones((3, 8, 8)))
+    few, many = taken
+    assert few == many
