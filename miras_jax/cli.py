@@ -19,6 +19,7 @@ from pathlib import Path
 from miras_jax import benchmarks, commands
 from miras_jax.errors import UserError
 
+EXPERIMENT = "Python file with experiment(), or with experiment(NAME)"
 EXIT_MISTAKE, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 3, 130, 141
 
 
@@ -75,9 +76,11 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     train = command("train", _train, "Train an experiment, or continue it.")
-    train.add_argument("file", metavar="FILE", help="Python file with experiment()")
+    train.add_argument("file", metavar="FILE[:NAME]", help=EXPERIMENT)
     train.add_argument(
-        "--workdir", metavar="DIR", help="folder of the run (runs/NAME for NAME.py)"
+        "--workdir",
+        metavar="DIR",
+        help="folder of the run (runs/FILE or runs/FILE/NAME, without the .py)",
     )
     train.add_argument("--steps", type=int, metavar="N", help="instead of the file's")
     train.add_argument(
@@ -98,9 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_for = command(
         "compile", _compile, "Compile an experiment for a TPU slice that is not here."
     )
-    compile_for.add_argument(
-        "file", metavar="FILE", help="Python file with experiment()"
-    )
+    compile_for.add_argument("file", metavar="FILE[:NAME]", help=EXPERIMENT)
     compile_for.add_argument(
         "--slice", required=True, metavar="SLICE", help="such as v5e:16x16"
     )
@@ -146,7 +147,8 @@ def _train(arguments, argv: Sequence[str]) -> int:
     given = {"steps": arguments.steps, "seed": arguments.seed}
     changes = {name: value for name, value in given.items() if value is not None}
     experiment = dataclasses.replace(experiment, **changes)
-    workdir = arguments.workdir or Path("runs") / Path(arguments.file).stem
+    file, name = config.split_name(arguments.file)
+    workdir = arguments.workdir or Path("runs", file.stem, name or "")
     try:
         result = train(experiment, workdir, traced=arguments.profile)
     except Diverged as error:

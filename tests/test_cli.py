@@ -137,6 +137,11 @@ def test_steps_seed_and_default_folder_of_a_run(folder, monkeypatch):
     argv = ("--workdir", "here", "--profile", "2:3")
     assert command("train", folder / "tiny.py", *argv)[0] == 0
     assert runs == [(9, 7, "runs/tiny", None), (6, 0, "here", (2, 3))]
+    one = "from tiny import experiment as only\ndef experiment(name): return only()\n"
+    (folder / "several.py").write_text(one)
+    monkeypatch.syspath_prepend(folder)
+    assert command("train", folder / "several.py:one")[0] == 0
+    assert runs[2] == (6, 0, "runs/several/one", None)
 
 
 def test_variants_lists_every_named_rule():

@@ -1,10 +1,13 @@
 """What an experiment is: frozen dataclasses of real objects, in a Python file.
 
 An experiment file defines `experiment() -> Experiment`; its docstring says what to
-expect. Variations are `dataclasses.replace`, sweeps list comprehensions.
+expect. Variations are `dataclasses.replace`, sweeps list comprehensions; a file of
+several experiments defines `experiment(name)`, and FILE:NAME is one of them.
 """
 
 import importlib.util
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -98,9 +101,18 @@ class Experiment(Choice):
             )
 
 
+def split_name(path: str | Path) -> tuple[Path, str | None]:
+    """FILE and NAME of FILE:NAME; None where no name is given."""
+    file, colon, name = str(path).rpartition(":")
+    if not colon or Path(path).exists():
+        return Path(path), None
+    return Path(file), name
+
+
 def load_experiment(path: str | Path) -> Experiment:
-    """`experiment()` of a Python file; UserError if the file is no such thing."""
-    path = Path(path)
+    """What `experiment()` of the Python file FILE returns, or `experiment(NAME)` for
+    FILE:NAME; UserError if the file is no such thing."""
+    path, name = split_name(path)
     if not path.is_file():
         raise UserError(f"{path} is no file; give the path of an experiment file")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
@@ -114,7 +126,9 @@ def load_experiment(path: str | Path) -> Experiment:
             raise UserError(
                 f"{path} has no function experiment(); see experiments/quickstart.py"
             )
-        experiment = make()
+        given = () if name is None else (name,)
+        _check_name(make, given, path)
+        experiment = make(*given)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except Exception as error:
@@ -126,3 +140,14 @@ def load_experiment(path: str | Path) -> Experiment:
             "return a miras_jax.training.config.Experiment"
         )
     return experiment
+
+
+def _check_name(make: Callable, given: tuple[str, ...], path: Path) -> None:
+    try:
+        inspect.signature(make).bind(*given)
+    except TypeError:
+        if given:
+            reason = f"is one experiment; leave :{given[0]} out"
+        else:
+            reason = f"holds several experiments; name one of them, as {path}:NAME"
+        raise UserError(f"{path} {reason}") from None

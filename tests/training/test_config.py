@@ -6,11 +6,13 @@ import math
 
 import pytest
 
+import experiments.paper
 import experiments.quickstart
 from miras_jax import variants
 from miras_jax.core.types import Choice
 from miras_jax.errors import UserError
 from miras_jax.nn.attention import Attention
+from miras_jax.nn.functional import FunctionalModel
 from miras_jax.nn.miras import Miras, RateChoices
 from miras_jax.nn.model import Model
 from miras_jax.nn.rates import Fixed, LowRank, PerHead
@@ -150,6 +152,47 @@ def test_an_experiment_is_loaded(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(GOOD)
     assert load_experiment(path) == experiments.quickstart.experiment()
+
+
+NAMED = """
+import dataclasses
+from experiments.quickstart import experiment as base
+
+def experiment(name):
+    return dataclasses.replace(base(), steps=len(name))
+"""
+
+
+def test_one_of_several_experiments_is_loaded_by_its_name(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(NAMED)
+    assert load_experiment(f"{path}:four").steps == 4
+    with pytest.raises(UserError, match=f"name one of them, as {path}:NAME"):
+        load_experiment(path)
+    path.write_text(GOOD)
+    with pytest.raises(UserError, match="mine.py is one experiment; leave :four out"):
+        load_experiment(f"{path}:four")
+    strange = tmp_path / "a:b.py"
+    strange.write_text(GOOD)
+    assert load_experiment(strange) == load_experiment(path)
+
+
+@pytest.mark.parametrize("size", experiments.paper.SIZES)
+def test_the_papers_models_have_about_their_size(size):
+    millions = int(size.removesuffix("m"))
+    for name in experiments.paper.RULES:
+        wanted = load_experiment(f"{experiments.paper.__file__}:{name}_{size}")
+        model = FunctionalModel(wanted.model, wanted.data.tokenizer.vocab_size)
+        assert 0.7 < model.size / 1e6 / millions < 1.15, name
+    # Rows of a step, and what Table 5 has of tokens.
+    tokens = wanted.steps * wanted.batch_size * wanted.data.context_length
+    assert tokens == pytest.approx(experiments.paper.SIZES[size].tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["yaad", "yaad_780M", "titans_780m", ""])
+def test_a_name_that_the_paper_has_not_is_refused(name):
+    with pytest.raises(UserError, match="moneta, yaad, memora.*170m, 340m"):
+        load_experiment(f"{experiments.paper.__file__}:{name}")
 
 
 @pytest.mark.parametrize(
