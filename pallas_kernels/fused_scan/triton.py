@@ -32,7 +32,7 @@ class Element:
     compilers would compute the addresses of all scratch arrays once, before the loop
     over chunks, and spill them: there are several times as many as registers. So zero
     is read from memory and added at every barrier; as it was read, it is also the row
-    of what all elements share, and hides the numbers of scratch arrays.
+    of what all elements share, and hides the numbers of chunks and scratch arrays.
     """
 
     def __init__(self, zero, interpret, tuning: Tuning):
@@ -63,8 +63,12 @@ class Element:
             self.origin = pltriton.load(self.zero.at[0])
             self.number = self.first + self.origin
 
-    def hidden(self, number: int) -> jax.Array:
-        """The number, as no compiler can know: what is added would be taken apart."""
+    def hidden(self, number: jax.Array | int) -> jax.Array:
+        """The number, as no compiler can know: what is added would be taken apart.
+
+        A constant would be added once, before the loop, and the number of a chunk
+        would become a step that addresses take from one round to the next.
+        """
         return jax.lax.bitwise_xor(jnp.asarray(number, jnp.int32), self.origin)
 
     def loop(self, first, last, body: Callable[[jax.Array], None]) -> None:
@@ -130,7 +134,7 @@ def rows(refs, operands: Sequence[Operand], leaves, n: Element, *lead):
         if operand.rows > 1:
             number = remainder(number, operand.rows)
         # Interpret mode wants arrays where an index is one number.
-        first = (jnp.asarray(i, jnp.int32) for i in (number, *lead))
+        first = jnp.asarray(number, jnp.int32), *map(n.hidden, lead)
         return (*first, *(pl.ds(p.start, p.size) for p in place))
 
     return [
