@@ -111,8 +111,15 @@ def _explained(error: Exception, slice_name: str) -> Exception:
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return error
+    first = text.splitlines()[0]
+    if "vmem" in first.lower():
+        return UserError(
+            f"a kernel does not fit into the memory of a core of {slice_name} "
+            f"({first}); use more and smaller heads, or a memory of a "
+            "smaller expansion"
+        )
     sizes = re.search(r"required.*?\(?([\d.]+[KMGT])\)? exceeds.*?([\d.]+[KMGT])", text)
-    reason = f"{sizes[1]} of {sizes[2]}" if sizes else text.splitlines()[0]
+    reason = f"{sizes[1]} of {sizes[2]}" if sizes else first
     return UserError(
         f"the train step does not fit into a device of {slice_name} ({reason}); use a "
         "larger slice or Mesh(fsdp=...), Experiment(accumulation=...), fewer rows, "

@@ -97,3 +97,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ]
     assert cli.main(["compile", str(file), "--slice", "v5e"]) == 2
     assert "is no TPU slice" in capsys.readouterr().err
+
+
+def test_a_kernel_that_is_too_large_is_no_matter_of_a_larger_slice():
+    """The first line of what the compiler said of heads of 256 channels."""
+    text = "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nmore of it"
+    found = ahead._explained(RuntimeError(text), "v5e:2x2")
+    assert isinstance(found, UserError) and "smaller heads" in str(found)
+    assert "slice" not in str(found) and "\n" not in str(found)
