@@ -162,7 +162,7 @@ def test_variants_lists_every_named_rule():
     ("argv", "message"),
     [
         (["fly"], "invalid choice: 'fly'"),
-        (["train"], "required: FILE (see miras train --help)"),
+        (["train"], "required: FILE[:NAME] (see miras train --help)"),
         (["train", "missing.py"], "missing.py is no file"),
         (["train", "{folder}/train.txt"], "is no Python file"),
         (["train", "{folder}/tiny.py", "--steps", "0"], "steps must be at least 1"),
