@@ -106,7 +106,7 @@ def backward(
     advance = Stage(program.advance, TUNING)
     pull_back = Stage(program.pull_back, TUNING)
     both = Packed(d_carries, TUNING.tile, 2)
-    stretch_of = Packed(program.carry, TUNING.tile, every)
+    recomputed = Packed(program.carry, TUNING.tile, every)
 
     def kernel(zero, constants, saved, x, held, d_ends, d_ys, *results):
         d_starts, d_x, d_held, turns, carries, scratch = results
@@ -124,7 +124,7 @@ def backward(
         def carry_at(s, i):
             if every == 1:
                 return triton.arrays(saved, program.carry, n, s)
-            return stretch_of.arrays(carries, n, lambda: n.number, i)
+            return recomputed.arrays(carries, n, lambda: n.number, i)
 
         def stretch(back):
             s = stretches - 1 - back
@@ -141,16 +141,16 @@ def backward(
 
             def pull(done):
                 i = count - 1 - done
-                back = chunks - 1 - first - i
+                turn = chunks - 1 - first - i
                 inputs = (
                     *carry_at(s, i),
                     *triton.rows(x, xs, program.x, n, first + i),
                     *triton.rows(held, consts, program.consts, n),
-                    *now(back),
+                    *now(turn),
                     *triton.arrays(d_ys, d_y, n, first + i),
                 )
                 outputs = (
-                    *now(back + 1),
+                    *now(turn + 1),
                     *triton.arrays(d_x, d_xs, n, first + i),
                     *map(triton.Sum, d_held),
                 )
@@ -170,7 +170,7 @@ def backward(
         _structs(d_xs, size, chunks),
         _structs(sums, size),
         both.structs(size),
-        stretch_of.structs(size) if recomputes else [],
+        recomputed.structs(size) if recomputes else [],
         [advance.scratch(size) if recomputes else [], pull_back.scratch(size)],
     ]
     operands = [
