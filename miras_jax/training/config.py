@@ -7,6 +7,7 @@ several experiments defines `experiment(name)`, and FILE:NAME is one of them.
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,7 @@ def load_experiment(path: str | Path) -> Experiment:
     if spec is None or path.suffix != ".py":
         raise UserError(f"{path} is no Python file; an experiment is a .py file")
     module = importlib.util.module_from_spec(spec)
+    _let_import_neighbours(path)
     try:
         spec.loader.exec_module(module)
         make = getattr(module, "experiment", None)
@@ -140,6 +142,16 @@ def load_experiment(path: str | Path) -> Experiment:
             "return a miras_jax.training.config.Experiment"
         )
     return experiment
+
+
+def _let_import_neighbours(path: Path) -> None:
+    """The folder of the file, or of the package that it is in, among those to import
+    from: the `miras` command, unlike `python -m`, does not begin in any."""
+    folder = path.resolve().parent
+    while (folder / "__init__.py").is_file():
+        folder = folder.parent
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def _check_name(make: Callable, given: tuple[str, ...], path: Path) -> None:

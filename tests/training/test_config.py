@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 
@@ -175,6 +176,18 @@ def test_one_of_several_experiments_is_loaded_by_its_name(tmp_path):
     strange = tmp_path / "a:b.py"
     strange.write_text(GOOD)
     assert load_experiment(strange) == load_experiment(path)
+
+
+def test_an_experiment_imports_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for package, name in ((None, "lonely_base"), ("packed_runs", "packed_runs.base")):
+        folder = tmp_path / (package or "")
+        folder.mkdir(exist_ok=True)
+        if package:
+            (folder / "__init__.py").touch()
+        (folder / f"{name.split('.')[-1]}.py").write_text(GOOD)
+        (folder / "mine.py").write_text(f"from {name} import experiment\n")
+        assert load_experiment(folder / "mine.py").steps
 
 
 @pytest.mark.parametrize("size", experiments.paper.SIZES)
