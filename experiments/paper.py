@@ -11,8 +11,8 @@ such models: put texts of your own there (docs/data.md), then
 on every host of the slice. NAME is moneta, yaad or memora, and a size: 170m, 340m, 780m
 or 1300m. Sizes and learning rates are the paper's (Table 5), 1.3B's, which it leaves
 out, those of Atlas (arXiv 2505.23735, Table 7) but for the heads: 16 of 128 channels in
-place of 8 of 256, whose kernel is too large for a TPU. Context and batch (4,096 tokens,
-half a million per step) are those of Titans, on which it builds.
+place of 8 of 256, whose kernel needs more VMEM than kernels here may use. Context and
+batch (4,096 tokens, half a million per step) are those of Titans, on which it builds.
 """
 
 from typing import NamedTuple
