@@ -21,7 +21,7 @@ from pallas_kernels.fused_scan.autodiff import Operand
 from pallas_kernels.fused_scan.layout import Tuning
 from pallas_kernels.fused_scan.program import Program, Struct, floats
 from pallas_kernels.fused_scan.tiles import padded
-from pallas_kernels.fused_scan.triton import Packed, Stage, stored_dtype
+from pallas_kernels.fused_scan.triton import Packed, Stage, in_tiles, stored_dtype
 
 WARPS = 8
 TUNING = Tuning(tile=64, precise=32)
@@ -203,19 +203,9 @@ def _call(kernel, size: int, operands, results, interpret):
 
 def _stored(operands: Sequence, leaves: Sequence) -> list[jax.Array]:
     """The arrays of the operands, each leaf in whole tiles."""
-    stored = []
-    for operand, leaf in zip(operands, leaves, strict=True):
-        array = operand.array if isinstance(operand, Operand) else operand
-        array = array.astype(stored_dtype(leaf.dtype))
-        lead = array.ndim - len(leaf.shape)
-        more = [
-            m - n
-            for m, n in zip(padded(leaf.shape, TUNING.tile), leaf.shape, strict=True)
-        ]
-        if any(more):
-            array = jnp.pad(array, [(0, 0)] * lead + [(0, n) for n in more])
-        stored.append(array)
-    return stored
+    arrays = (o.array if isinstance(o, Operand) else o for o in operands)
+    pairs = zip(arrays, leaves, strict=True)
+    return [in_tiles(array, leaf, TUNING.tile) for array, leaf in pairs]
 
 
 def _structs(leaves: Sequence, *lead: int) -> list[Struct]:

@@ -153,6 +153,15 @@ def stored_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.int32) if dtype == jnp.bool_ else jnp.dtype(dtype)
 
 
+def in_tiles(array: jax.Array, leaf, tile: int) -> jax.Array:
+    """The array as it is stored: its last axes, those of the leaf, in whole tiles."""
+    lead = [(0, 0)] * (array.ndim - len(leaf.shape))
+    tiles = padded(leaf.shape, tile)
+    more = [(0, m - n) for m, n in zip(tiles, leaf.shape, strict=True)]
+    array = array.astype(stored_dtype(leaf.dtype))
+    return jnp.pad(array, lead + more) if tiles != tuple(leaf.shape) else array
+
+
 class Packed:
     """Arrays in whole tiles behind each other, in one of each dtype; `count` times.
 
@@ -178,11 +187,8 @@ class Packed:
         """The arrays that hold these values, of one element."""
         parts = {dtype: [] for dtype in self.sizes}
         for value in values:
-            dtype = stored_dtype(value.dtype)
-            tiles = padded(value.shape, self.tile)
-            more = [(0, m - n) for m, n in zip(tiles, value.shape, strict=True)]
-            flat = jnp.pad(value.astype(dtype), more).reshape(-1)
-            parts[dtype].append(jnp.pad(flat, (0, -len(flat) % ALIGNMENT)))
+            flat = in_tiles(value, value, self.tile).reshape(-1)
+            parts[flat.dtype].append(jnp.pad(flat, (0, -len(flat) % ALIGNMENT)))
         return [jnp.concatenate(each)[None] for each in parts.values()]
 
     def arrays(self, refs, n: Element, row: Callable[[], Any], turn=0) -> list[Array]:
